@@ -1,0 +1,1 @@
+"""Noise, velocity, solver and guidance: arrays and functions, no networks."""
