@@ -1,0 +1,173 @@
+"""Softmax attention: one fused kernel for each platform, and Wan's two attentions.
+
+Kernels: cuDNN on NVIDIA GPUs, splash on TPUs, plain float32 softmax elsewhere. Keys
+beyond a clip's length are left out by lengths, never by a mask array.
+Source of the layers: Wan-Video/Wan2.1, wan/modules/model.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from cityrag_jax import parallel
+from cityrag_jax.model.layers import Linear, RMSNorm, rotate
+
+SPLASH_BLOCK = 1024
+
+
+def attend(
+    q: Float[Array, "B L N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    kv_length: Int[Array, " B"] | None = None,
+) -> Float[Array, "B L N K"]:
+    """softmax(q k^T / sqrt(K)) v over the first `kv_length` (at least 1) keys."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if parallel.platform() == "gpu" and half:
+        return jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn"
+        )
+    if parallel.platform() == "tpu":
+        return _splash(q, k, v, kv_length)
+    return _plain(q, k, v, kv_length)
+
+
+def _plain(q, k, v, kv_length):
+    logits = jnp.einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if kv_length is not None:
+        real = jnp.arange(k.shape[1])[None, :] < kv_length[:, None]
+        logits = jnp.where(real[:, None, None, :], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("BNLS,BSNK->BLNK", weights, v)
+
+
+def _splash(q, k, v, kv_length):
+    """Pad queries and keys to whole blocks; segment ids keep the padding out."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    batch, queries, heads, width = q.shape
+    keys = k.shape[1]
+    padded_q, padded_k = (-(-n // SPLASH_BLOCK) * SPLASH_BLOCK for n in (queries, keys))
+
+    def pad(x: Array, length: int) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+        return rearrange(x, "B L N K -> B N L K")
+
+    real = jnp.full(batch, keys) if kv_length is None else kv_length
+    segments = splash.SegmentIds(
+        q=jnp.ones((batch, padded_q), jnp.int32),
+        kv=(jnp.arange(padded_k)[None, :] < real[:, None]).astype(jnp.int32),
+    )
+    block = SPLASH_BLOCK
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.FullMask((padded_q, padded_k))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block // 2,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block // 2,
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    out = jax.vmap(kernel)(
+        pad(q * width**-0.5, padded_q), pad(k, padded_k), pad(v, padded_k), segments
+    )
+    return rearrange(out[:, :, :queries], "B N L K -> B L N K")
+
+
+class Attention(nnx.Module):
+    """Projections q, k, v, o with RMS norms of q and k over the full width."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        eps: float,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.q = Linear(dim, dim, axes=("embed", "heads"), **kinds)
+        self.k = Linear(dim, dim, axes=("embed", "heads"), **kinds)
+        self.v = Linear(dim, dim, axes=("embed", "heads"), **kinds)
+        self.o = Linear(dim, dim, axes=("heads", "embed"), **kinds)
+        self.norm_q = RMSNorm(dim, eps, param_dtype=param_dtype)
+        self.norm_k = RMSNorm(dim, eps, param_dtype=param_dtype)
+        self.num_heads = num_heads
+
+    def heads(self, x: Float[Array, "B L D"]) -> Float[Array, "B L N K"]:
+        """Split the width into heads."""
+        return rearrange(x, "B L (N K) -> B L N K", N=self.num_heads)
+
+    def project_out(self, x: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
+        """Merge the heads and apply `o`; remat keeps the kernel's result by name."""
+        x = checkpoint_name(x, "attention")
+        return self.o(rearrange(x, "B L N K -> B L (N K)"))
+
+
+class RotaryAttention(Attention):
+    """Attention between token grids with rotary positions on both sides.
+
+    Self-attention when `source` is `x`; CityRAG's geo attention when it is not.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        source: Float[Array, "B S D"],
+        x_angles: Float[Array, "L K/2 2"],
+        source_angles: Float[Array, "S K/2 2"],
+        source_length: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        q = rotate(self.heads(self.norm_q(self.q(x))), x_angles)
+        k = rotate(self.heads(self.norm_k(self.k(source))), source_angles)
+        v = self.heads(self.v(source))
+        out = parallel.exchange_heads(attend, q, k, v, source_length)
+        return self.project_out(out)
+
+
+class TextAttention(Attention):
+    """Cross-attention to the text rows; no positions, and padding rows take part."""
+
+    def __call__(
+        self, x: Float[Array, "B L D"], text: Float[Array, "B S D"], image: None = None
+    ) -> Float[Array, "B L D"]:
+        q = self.heads(self.norm_q(self.q(x)))
+        return self.project_out(self._attend(q, text, self.k, self.v, self.norm_k))
+
+    def _attend(self, q, context, key, value, norm):
+        k = self.heads(norm(key(context)))
+        return parallel.share_keys(attend, q, k, self.heads(value(context)))
+
+
+class ImageTextAttention(TextAttention):
+    """Cross-attention to text and to image rows: two softmaxes, summed before `o`."""
+
+    def __init__(self, dim, num_heads, eps, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(dim, num_heads, eps, **kinds)
+        self.k_img = Linear(dim, dim, axes=("embed", "heads"), **kinds)
+        self.v_img = Linear(dim, dim, axes=("embed", "heads"), **kinds)
+        self.norm_k_img = RMSNorm(dim, eps, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        text: Float[Array, "B S D"],
+        image: Float[Array, "B I D"],
+    ) -> Float[Array, "B L D"]:
+        q = self.heads(self.norm_q(self.q(x)))
+        out = self._attend(q, text, self.k, self.v, self.norm_k)
+        out = out + self._attend(q, image, self.k_img, self.v_img, self.norm_k_img)
+        return self.project_out(out)

@@ -1,0 +1,404 @@
+"""The Wan 2.1 diffusion transformer, text-to-video and image-to-video.
+
+Blocks are stacked on a leading layer axis and scanned. Branches add conditions: each is
+prepared once a clip and hooks into every block. Without branches it is Wan alone.
+Source: Wan-Video/Wan2.1, wan/modules/model.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
+
+from cityrag_jax.batch import PATCH, Conditions, token_grid
+from cityrag_jax.model.attention import (
+    ImageTextAttention,
+    RotaryAttention,
+    TextAttention,
+)
+from cityrag_jax.model.layers import (
+    MLP,
+    ZEROS,
+    LayerNorm,
+    Linear,
+    gelu_exact,
+    gelu_tanh,
+    normalise,
+    rotary_angles,
+    timestep_embedding,
+)
+from cityrag_jax.parallel import axis_size, shard
+
+IMAGE_EPS = 1e-5  # the image embedding's norms alone differ from `eps`
+SMALL_NORMAL = jax.nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a Wan transformer; `image_dim` None means no image cross-attention.
+
+    `dtype` is the arithmetic of linears and attention, `param_dtype` that of stored
+    parameters. `remat` recomputes blocks in the backward pass, attention excepted.
+    """
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    image_dim: int | None = None
+    eps: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"dim = {self.dim} over {self.num_heads} heads must give an even head "
+                f"width; choose dim as a multiple of {2 * self.num_heads}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.num_heads
+
+    @classmethod
+    def i2v_14b(cls, **changes: Any) -> Self:
+        """Wan 2.1 I2V-14B; 480P and 720P differ in weights alone."""
+        return cls(**dict(_WAN_14B, in_channels=36, image_dim=1280) | changes)
+
+    @classmethod
+    def t2v_14b(cls, **changes: Any) -> Self:
+        """Wan 2.1 T2V-14B."""
+        return cls(**dict(_WAN_14B, in_channels=16) | changes)
+
+    @classmethod
+    def t2v_1_3b(cls, **changes: Any) -> Self:
+        """Wan 2.1 T2V-1.3B."""
+        sizes = dict(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
+        return cls(**dict(sizes, in_channels=16) | changes)
+
+
+_WAN_14B = dict(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate of one residual step, float32."""
+
+    shift: Float[Array, "B 1 D"]
+    scale: Float[Array, "B 1 D"]
+    gate: Float[Array, "B 1 D"]
+
+    def modulate(self, x: Float[Array, "B L D"], eps: float) -> Float[Array, "B L D"]:
+        """m(x) = LN(x) (1 + scale) + shift."""
+        return normalise(x, eps) * (1 + self.scale) + self.shift
+
+
+class Prepared(NamedTuple):
+    """What a branch made of a clip's conditions, once for all steps of the sampler.
+
+    `layerwise` has a leading layer axis and is scanned beside the blocks.
+    """
+
+    shared: PyTree
+    layerwise: PyTree = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenGrid:
+    """Where the tokens of a video stand: their grid, rotary angles and true count.
+
+    `length` is None unless tokens were padded to divide over the sequence axis.
+    """
+
+    shape: tuple[int, int, int]
+    angles: Float[Array, "L K/2 2"]
+    length: Int[Array, " B"] | None
+
+
+class Branch(nnx.Module):
+    """A condition's way into the blocks: `layers` are stacked, the hooks see one.
+
+    `condition` is "pose" or "geo": guidance drops branches by that name.
+    """
+
+    condition: str
+    layers: nnx.Module | None = None
+
+    def prepare(self, conditions: Conditions) -> Prepared:
+        """Do whatever is the same for every timestep and block."""
+        raise NotImplementedError
+
+    def after_self_attention(
+        self,
+        layer: nnx.Module | None,
+        x: Float[Array, "B L D"],
+        modulation: Modulation,
+        grid: TokenGrid,
+        prepared: Prepared,
+    ) -> Float[Array, "B L D"]:
+        """Change the residual stream between self- and cross-attention."""
+        return x
+
+    def after_block(
+        self,
+        layer: nnx.Module | None,
+        x: Float[Array, "B L D"],
+        grid: TokenGrid,
+        prepared: Prepared,
+    ) -> Float[Array, "B L D"]:
+        """Change the residual stream behind the block."""
+        return x
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+    """Build `count` equal modules as one whose parameters have a leading layer axis."""
+    keys = jax.random.split(rngs.params(), count)
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention and feed-forward on a float32 residual stream."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        size = (config.dim, config.num_heads, config.eps)
+        cross = TextAttention if config.image_dim is None else ImageTextAttention
+        self.modulation = _modulation_table(6, config, rngs)
+        self.self_attention = RotaryAttention(*size, **kinds)
+        self.cross_norm = LayerNorm(
+            config.dim, config.eps, param_dtype=config.param_dtype
+        )
+        self.cross_attention = cross(*size, **kinds)
+        self.ffn = MLP((config.dim, config.ffn_dim, config.dim), gelu_tanh, **kinds)
+        self.eps = config.eps
+
+    def __call__(self, x, time, context, grid, hooks):
+        attention, feed_forward = self.modulations(time)
+
+        m = attention.modulate(x, self.eps)
+        x = x + attention.gate * self.self_attention(
+            m, m, grid.angles, grid.angles, grid.length
+        )
+        for branch, layer, prepared in hooks:
+            x = branch.after_self_attention(layer, x, attention, grid, prepared)
+        x = x + self.cross_attention(self.cross_norm(x), *context)
+        x = x + feed_forward.gate * self.ffn(feed_forward.modulate(x, self.eps))
+        for branch, layer, prepared in hooks:
+            x = branch.after_block(layer, x, grid, prepared)
+        return shard(x, "batch", "tokens", None)
+
+    def modulations(self, time: Float[Array, "B 6 D"]) -> tuple[Modulation, Modulation]:
+        """Give the modulation of self-attention and that of the feed-forward."""
+        vectors = self.modulation[...].astype(jnp.float32)[None] + time
+        parts = jnp.split(vectors, 6, axis=1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+
+class Head(nnx.Module):
+    """Modulated norm and the map to velocity patches, all in float32."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.modulation = _modulation_table(2, config, rngs)
+        self.linear = Linear(
+            config.dim,
+            PATCH * PATCH * config.out_channels,
+            axes=("embed", None),
+            dtype=jnp.float32,
+            param_dtype=config.param_dtype,
+            init=ZEROS,
+            rngs=rngs,
+        )
+        self.eps = config.eps
+
+    def __call__(
+        self, x: Float[Array, "B L D"], time: Float[Array, "B D"]
+    ) -> Float[Array, "B L P"]:
+        vectors = self.modulation[...].astype(jnp.float32)[None] + time[:, None]
+        shift, scale = jnp.split(vectors, 2, axis=1)
+        return self.linear(normalise(x, self.eps) * (1 + scale) + shift)
+
+
+class ImageEmbedding(nnx.Module):
+    """CLIP features to the transformer's width: norm, MLP with exact GELU, norm."""
+
+    def __init__(self, width: int, dim: int, *, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1 = LayerNorm(width, IMAGE_EPS, param_dtype=param_dtype)
+        self.mlp = MLP((width, width, dim), gelu_exact, **kinds)
+        self.norm2 = LayerNorm(dim, IMAGE_EPS, param_dtype=param_dtype)
+
+    def __call__(self, image: Float[Array, "B I E"]) -> Float[Array, "B I D"]:
+        return self.norm2(self.mlp(self.norm1(image)))
+
+
+class WanDiT(nnx.Module):
+    """Velocity of noisy latents under text, image and whatever the branches bring."""
+
+    def __init__(
+        self, config: DiTConfig, *, branches: tuple[Branch, ...] = (), rngs: nnx.Rngs
+    ):
+        c = self.config = config
+        kinds = dict(dtype=c.dtype, param_dtype=c.param_dtype, rngs=rngs)
+        float32 = dict(kinds, dtype=jnp.float32)
+        self.patch_embedding = Linear(
+            PATCH * PATCH * c.in_channels, c.dim, axes=(None, "embed"), **kinds
+        )
+        self.text_embedding = MLP(
+            (c.text_dim, c.dim, c.dim), gelu_tanh, init=SMALL_NORMAL, **kinds
+        )
+        self.time_embedding = MLP(
+            (c.freq_dim, c.dim, c.dim), jax.nn.silu, init=SMALL_NORMAL, **float32
+        )
+        self.time_projection = Linear(
+            c.dim, 6 * c.dim, axes=("embed", "mlp"), **float32
+        )
+        self.image_embedding = (
+            None if c.image_dim is None else ImageEmbedding(c.image_dim, c.dim, **kinds)
+        )
+        self.blocks = stack_layers(lambda rngs: Block(c, rngs=rngs), c.num_layers, rngs)
+        self.head = Head(c, rngs=rngs)
+        self.branches = nnx.data(tuple(branches))
+
+    def prepare(
+        self, conditions: Conditions, *, pose: bool = True, geo: bool = True
+    ) -> tuple[Prepared | None, ...]:
+        """Prepare every branch once a clip; a dropped one is None and not computed."""
+        wanted = {"pose": pose, "geo": geo}
+        return tuple(
+            branch.prepare(conditions) if wanted[branch.condition] else None
+            for branch in self.branches
+        )
+
+    def __call__(
+        self,
+        latents: Float[Array, "B t h w C"],
+        timesteps: Float[Array, " B"],
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B 257 I"] | None = None,
+        prepared: tuple[Prepared | None, ...] = (),
+    ) -> Float[Array, "B t h w O"]:
+        """Predict noise minus data, float32.
+
+        `latents`: noise channels, then for image-to-video 4 mask and 16 image channels.
+        `timesteps` in [0, 1000]. `text` is padded with zeros to `text_len`, and the
+        padding is attended to. `prepared` is what `prepare` gave, or empty.
+        """
+        time, time6 = self.embed_time(timesteps)
+        context = self.embed_context(text, image)
+        shape = token_grid(latents.shape[1:4])
+        x = self.patch_embedding(patchify(latents)).astype(jnp.float32)
+        x, angles, length = pad_tokens(x, rotary_angles(shape, self.config.head_dim))
+        x = shard(x, "batch", "tokens", None)
+        grid = TokenGrid(shape, angles, length)
+        x = self._run_blocks(x, time6, context, grid, prepared)
+        x = self.head(x, time)[:, : int(np.prod(shape))]
+        return unpatchify(x, shape)
+
+    def embed_time(
+        self, timesteps: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
+        """Give the time embedding and its projection to six vectors, float32."""
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))
+        six = self.time_projection(jax.nn.silu(time))
+        return time, rearrange(six, "B (n D) -> B n D", n=6)
+
+    def embed_context(
+        self, text: Float[Array, "B S E"], image: Float[Array, "B 257 I"] | None
+    ) -> tuple[Array, Array | None]:
+        """Embed zero-padded text rows and, for image-to-video, the image rows."""
+        config = self.config
+        if text.shape[1] > config.text_len:
+            raise ValueError(
+                f"Text has {text.shape[1]} rows, the model takes {config.text_len}; "
+                "truncate it."
+            )
+        if (image is None) != (self.image_embedding is None):
+            raise ValueError(
+                f"Image features are {'absent' if image is None else 'given'} but the "
+                f"model's image_dim is {config.image_dim}; they go together."
+            )
+        missing = config.text_len - text.shape[1]
+        text = self.text_embedding(jnp.pad(text, ((0, 0), (0, missing), (0, 0))))
+        return text, None if image is None else self.image_embedding(image)
+
+    def _run_blocks(self, x, time, context, grid, prepared):
+        active = [
+            (branch, ready)
+            for branch, ready in zip(self.branches, prepared, strict=bool(prepared))
+            if ready is not None
+        ]
+
+        def step(x, layer):
+            block, branch_layers, layerwise = layer
+            hooks = [
+                (branch, branch_layer, ready._replace(layerwise=own))
+                for (branch, ready), branch_layer, own in zip(
+                    active, branch_layers, layerwise, strict=True
+                )
+            ]
+            return block(x, time, context, grid, hooks), None
+
+        if self.config.remat:
+            keep = jax.checkpoint_policies.save_only_these_names("attention")
+            step = jax.checkpoint(step, prevent_cse=False, policy=keep)
+        layers = [branch.layers for branch, _ in active]
+        layerwise = [ready.layerwise for _, ready in active]
+        return jax.lax.scan(step, x, (self.blocks, layers, layerwise))[0]
+
+
+def patchify(latents: Float[Array, "B t h w C"]) -> Float[Array, "B L P"]:
+    """Cut into 1x2x2 patches, flattened channel first; tokens run t, h, w."""
+    return rearrange(
+        latents, "B t (h p) (w q) C -> B (t h w) (C p q)", p=PATCH, q=PATCH
+    )
+
+
+def unpatchify(
+    tokens: Float[Array, "B L P"], grid: tuple[int, int, int]
+) -> Float[Array, "B t h w C"]:
+    """Put the head's patches together; here the channel is the fastest axis."""
+    t, h, w = grid
+    return rearrange(
+        tokens,
+        "B (t h w) (p q C) -> B t (h p) (w q) C",
+        t=t,
+        h=h,
+        w=w,
+        p=PATCH,
+        q=PATCH,
+    )
+
+
+def pad_tokens(
+    x: Float[Array, "B L D"], angles: Float[Array, "L K/2 2"]
+) -> tuple[Array, Array, Array | None]:
+    """Pad tokens to a multiple of the sequence axis; give their true count if padded.
+
+    The official sequence-parallel code attends to such padding; here it is masked.
+    """
+    count = x.shape[1]
+    missing = -count % axis_size("sequence")
+    if missing == 0:
+        return x, angles, None
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
+    angles = jnp.pad(angles, ((0, missing), (0, 0), (0, 0)))
+    return x, angles, jnp.full(x.shape[0], count, jnp.int32)
+
+
+def _modulation_table(rows: int, config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
+    table = jax.random.normal(rngs.params(), (rows, config.dim)) * config.dim**-0.5
+    return nnx.Param(table.astype(config.param_dtype), axes=(None, None))

@@ -1,0 +1,131 @@
+"""The geospatial branch: cross-attention to the retrieved video (section 3.2).
+
+In every block, behind the self-attention, with m the block's own modulated norm:
+
+    x <- x + keep gate_a GeoAttn(queries m(x), keys and values LN_k(c))
+
+c are the condition's tokens by their own patch embedding. LN_k has an affine for each
+block and no timestep, so keys and values are the same for all steps. Place, modulation
+and gate are *assumed*: the paper says that keys and values of cross-attention layers
+are duplicated from the base's self-attention and trained.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cityrag_jax.batch import PATCH, Conditions, token_grid
+from cityrag_jax.model.attention import RotaryAttention
+from cityrag_jax.model.dit import (
+    Branch,
+    DiTConfig,
+    Modulation,
+    Prepared,
+    TokenGrid,
+    WanDiT,
+    pad_tokens,
+    patchify,
+    stack_layers,
+)
+from cityrag_jax.model.layers import LayerNorm, Linear, normalise, rotary_angles
+
+
+class GeoLayer(nnx.Module):
+    """One block's geo attention and the norm of its keys and values."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+        self.norm = LayerNorm(config.dim, config.eps, param_dtype=config.param_dtype)
+        self.attention = RotaryAttention(
+            config.dim, config.num_heads, config.eps, rngs=rngs, **kinds
+        )
+        self.attention.o.kernel.set_value(
+            jnp.zeros_like(self.attention.o.kernel.get_value())
+        )
+
+
+class GeoBranch(Branch):
+    """Lets the tokens of the target look at those of the condition video.
+
+    The output projections start at zero, so a new branch changes nothing. For training
+    from scratch, `same_place_bias` starts the biases of queries and keys at that value:
+    rotary positions then prefer the condition's token at the same place.
+    """
+
+    condition = "geo"
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        latent_channels: int = 16,
+        same_place_bias: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        self.patch_embedding = Linear(
+            PATCH * PATCH * latent_channels,
+            config.dim,
+            axes=(None, "embed"),
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.layers = stack_layers(
+            lambda rngs: GeoLayer(config, rngs=rngs), config.num_layers, rngs
+        )
+        for linear in (self.layers.attention.q, self.layers.attention.k):
+            bias = linear.bias.get_value()
+            linear.bias.set_value(jnp.full_like(bias, same_place_bias))
+        self.head_dim = config.head_dim
+        self.eps = config.eps
+
+    def prepare(self, conditions: Conditions) -> Prepared:
+        """Embed the condition video: tokens, their angles, how many count, `keep`."""
+        shape = token_grid(conditions.geo_latents.shape[1:4])
+        tokens = self.patch_embedding(patchify(conditions.geo_latents))
+        angles = rotary_angles(shape, self.head_dim)
+        tokens, angles, _ = pad_tokens(tokens.astype(jnp.float32), angles)
+        length = conditions.geo_length.astype(jnp.int32) * (shape[1] * shape[2])
+        keep = conditions.keep_geo
+        if keep is not None:
+            keep = keep.astype(jnp.float32)[:, None, None]
+        return Prepared((normalise(tokens, self.eps), angles, length, keep))
+
+    def after_self_attention(
+        self,
+        layer: GeoLayer,
+        x: Float[Array, "B L D"],
+        modulation: Modulation,
+        grid: TokenGrid,
+        prepared: Prepared,
+    ) -> Float[Array, "B L D"]:
+        """Add what the block's geo attention reads from the condition."""
+        tokens, angles, length, keep = prepared.shared
+        out = layer.attention(
+            modulation.modulate(x, self.eps),
+            layer.norm.affine(tokens),
+            grid.angles,
+            angles,
+            length,
+        )
+        out = modulation.gate * out
+        return x + (out if keep is None else keep * out)
+
+
+def copy_from_base(branch: GeoBranch, base: WanDiT) -> None:
+    """Start a branch from the base: its self-attentions and its noise channels.
+
+    Each block's q, k, v and both norms are copied; `o` stays zero. The tokens'
+    embedding takes the patch embedding's first channels (the noise): a clean latent is
+    what they see as the noise vanishes.
+    """
+    source = base.blocks.self_attention
+    target = branch.layers.attention
+    for name in ("q", "k", "v", "norm_q", "norm_k"):
+        nnx.update(getattr(target, name), nnx.state(getattr(source, name)))
+    rows = branch.patch_embedding.kernel.shape[0]
+    kernel = base.patch_embedding.kernel.get_value()[:rows]
+    branch.patch_embedding.kernel.set_value(jnp.array(kernel))
+    branch.patch_embedding.bias.set_value(
+        jnp.array(base.patch_embedding.bias.get_value())
+    )

@@ -1,0 +1,78 @@
+"""The pose branch: relative camera poses added behind every block (section 3.2)."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cityrag_jax.batch import TIME_STRIDE, Conditions
+from cityrag_jax.model.dit import (
+    Branch,
+    DiTConfig,
+    Prepared,
+    TokenGrid,
+    stack_layers,
+)
+from cityrag_jax.model.layers import MLP, ZEROS, Linear
+
+
+class TrajectoryEncoder(Branch):
+    """4x4 poses -> Conv1D over groups of four frames -> MLP -> one projection a block.
+
+    Three copies of frame 0 stand in front, so that groups fall as the VAE's do: frame 0
+    alone, then fours (padding, widths and SiLU *assumed*). The projections start at
+    zero. `keep_pose` multiplies behind their bias.
+    """
+
+    condition = "pose"
+
+    def __init__(self, config: DiTConfig, *, hidden: int = 512, rngs: nnx.Rngs):
+        kinds = dict(dtype=jnp.float32, param_dtype=config.param_dtype)
+        # A convolution whose stride is its width is a linear map of each group.
+        self.conv = Linear(
+            TIME_STRIDE * 16, hidden, axes=(None, None), rngs=rngs, **kinds
+        )
+        self.mlp = MLP((hidden, hidden, hidden), jax.nn.silu, rngs=rngs, **kinds)
+        self.projection = stack_layers(
+            lambda rngs: Linear(
+                hidden, config.dim, axes=(None, "embed"), init=ZEROS, rngs=rngs, **kinds
+            ),
+            config.num_layers,
+            rngs,
+        )
+
+    def embed(self, poses: Float[Array, "B T 4 4"]) -> Float[Array, "B t H"]:
+        """Embed every latent frame's group of poses: 73 frames give 19 vectors."""
+        groups = (poses.shape[1] + TIME_STRIDE - 1) // TIME_STRIDE
+        first = jnp.repeat(poses[:, :1], TIME_STRIDE - 1, axis=1)
+        padded = jnp.concatenate([first, poses], axis=1)[:, : groups * TIME_STRIDE]
+        flat = rearrange(padded, "B (t k) i j -> B t (k i j)", k=TIME_STRIDE)
+        return self.mlp(jax.nn.silu(self.conv(flat)))
+
+    def prepare(self, conditions: Conditions) -> Prepared:
+        """Make every block's addend [layers, B, t, D]."""
+        embedded = self.embed(conditions.poses)
+        addends = jax.vmap(lambda project: project(embedded))(self.projection)
+        keep = conditions.keep_pose
+        if keep is not None:
+            addends = addends * keep.astype(jnp.float32)[None, :, None, None]
+        return Prepared(None, addends)
+
+    def after_block(
+        self,
+        layer: None,
+        x: Float[Array, "B L D"],
+        grid: TokenGrid,
+        prepared: Prepared,
+    ) -> Float[Array, "B L D"]:
+        """Add the block's vector of each latent frame to all of the frame's tokens."""
+        t, h, w = grid.shape
+        if prepared.layerwise.shape[1] != t:
+            raise ValueError(
+                f"Poses make {prepared.layerwise.shape[1]} latent frames, the video "
+                f"has {t}; give one pose a frame."
+            )
+        addend = jnp.repeat(prepared.layerwise, h * w, axis=1)
+        padding = x.shape[1] - addend.shape[1]
+        return x + jnp.pad(addend, ((0, 0), (0, padding), (0, 0)))
