@@ -16,22 +16,38 @@ SPACE_STRIDE = 8
 PATCH = 2
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """A target video with its poses and the condition video, on the host.
 
     `*B` is absent for one clip and the batch size after batching. Poses are
-    OpenCV camera frames in metres relative to frame 0. `condition` is padded to a
-    static length by repeating its last frame; `condition_length` counts the real ones.
-    `clip_id` seeds noise, so that a clip draws the same noise on every mesh.
+    OpenCV camera frames in metres relative to frame 0, one for each frame wanted;
+    `frames` holds them all in training and frame 0 alone in generation (T = 1).
+    `condition` is padded to a static length by repeating its last frame;
+    `condition_length` counts the real ones. `clip_id` seeds noise, so that a clip
+    draws the same noise on every mesh.
     """
 
     frames: UInt8[np.ndarray, "*B T H W 3"]
-    first_from_camera: Float32[np.ndarray, "*B T 4 4"]
+    first_from_camera: Float32[np.ndarray, "*B N 4 4"]
     condition: UInt8[np.ndarray, "*B F H W 3"]
     condition_length: Int32[np.ndarray, "*B"]
     clip_id: UInt32[np.ndarray, "*B"]
+
+    def tree_flatten_with_keys(self):
+        """Give the arrays in the order of the fields."""
+        names = [field.name for field in dataclasses.fields(self)]
+        keys = map(jax.tree_util.GetAttrKey, names)
+        return [(key, getattr(self, key.name)) for key in keys], None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        """Rebuild from any leaves: shapes and shardings are no arrays to check."""
+        clip = object.__new__(cls)
+        for field, leaf in zip(dataclasses.fields(cls), leaves, strict=True):
+            object.__setattr__(clip, field.name, leaf)
+        return clip
 
 
 @nnx.dataclass
