@@ -1,0 +1,1 @@
+"""Scores of generated videos against the truth, on the host."""
