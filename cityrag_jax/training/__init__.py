@@ -1,0 +1,1 @@
+"""Training: losses of the two tasks, optimiser, one step, and its log."""
