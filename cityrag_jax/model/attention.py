@@ -126,8 +126,8 @@ class RotaryAttention(Attention):
         self,
         x: Float[Array, "B L D"],
         source: Float[Array, "B S D"],
-        x_angles: Float[Array, "L K/2 2"],
-        source_angles: Float[Array, "S K/2 2"],
+        x_angles: Float[Array, "L R 2"],
+        source_angles: Float[Array, "S R 2"],
         source_length: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         q = rotate(self.heads(self.norm_q(self.q(x))), x_angles)

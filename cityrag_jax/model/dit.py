@@ -125,7 +125,7 @@ class TokenGrid:
     """
 
     shape: tuple[int, int, int]
-    angles: Float[Array, "L K/2 2"]
+    angles: Float[Array, "L R 2"]
     length: Int[Array, " B"] | None
 
 
@@ -384,7 +384,7 @@ def unpatchify(
 
 
 def pad_tokens(
-    x: Float[Array, "B L D"], angles: Float[Array, "L K/2 2"]
+    x: Float[Array, "B L D"], angles: Float[Array, "L R 2"]
 ) -> tuple[Array, Array, Array | None]:
     """Pad tokens to a multiple of the sequence axis; give their true count if padded.
 

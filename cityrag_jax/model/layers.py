@@ -140,7 +140,7 @@ def timestep_embedding(
     return jnp.concatenate([c * dc - s * ds, s * dc + c * ds], axis=-1)
 
 
-def rotary_angles(grid: tuple[int, int, int], head_dim: int) -> Float[Array, "L K/2 2"]:
+def rotary_angles(grid: tuple[int, int, int], head_dim: int) -> Float[Array, "L R 2"]:
     """Give cosine and sine for every token of a (t, h, w) grid, t slowest.
 
     Of a head's pairs, h and w get head_dim // 6 each and t the rest (22, 21, 21 of
@@ -159,7 +159,7 @@ def rotary_angles(grid: tuple[int, int, int], head_dim: int) -> Float[Array, "L 
 
 
 def rotate(
-    x: Float[Array, "B L N K"], angles: Float[Array, "L K/2 2"]
+    x: Float[Array, "B L N K"], angles: Float[Array, "L R 2"]
 ) -> Float[Array, "B L N K"]:
     """Turn the interleaved pairs (2i, 2i + 1) of every head by the tokens' angles."""
     pairs = rearrange(x.astype(jnp.float32), "B L N (k c) -> B L N k c", c=2)

@@ -1,0 +1,105 @@
+"""From a clip on the host to latents and Conditions: one way for training and sampling.
+
+Pictures are uint8 on the host and [-1, 1] for every network. Source of the first-frame
+conditioning and the resampling: Wan-Video/Wan2.1, wan/image2video.py.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+
+from cityrag_jax.batch import TIME_STRIDE, Clip, Conditions
+from cityrag_jax.model.vae import WanVAE
+
+CUBIC = -0.75  # the reference's kernel; Catmull-Rom would be -0.5
+
+
+def to_unit(frames: UInt8[Array | np.ndarray, "..."]) -> Float32[Array, "..."]:
+    """Bring 8-bit pixels to [-1, 1]."""
+    return jnp.asarray(frames).astype(jnp.float32) / 127.5 - 1
+
+
+def to_pixels(video: Float[Array | np.ndarray, "..."]) -> UInt8[Array, "..."]:
+    """Bring [-1, 1] to 8-bit pixels, clamped and rounded."""
+    return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def resize_bicubic(
+    image: Float[Array | np.ndarray, "h w 3"], size: tuple[int, int]
+) -> Float32[Array, "H W 3"]:
+    """Resample to `size` (H, W) as the reference does: a = -0.75, no antialiasing.
+
+    Half-pixel centres, edges clamped; `jax.image.resize` differs in all of it.
+    """
+    rows = cubic_weights(image.shape[0], size[0])
+    columns = cubic_weights(image.shape[1], size[1])
+    image = jnp.asarray(image, jnp.float32)
+    return jnp.einsum("Hh,hwc,Ww->HWc", rows, image, columns, precision="highest")
+
+
+def cubic_weights(source: int, target: int) -> Float32[np.ndarray, "target source"]:
+    """Make the matrix that resamples one axis."""
+    position = (np.arange(target) + 0.5) * source / target - 0.5
+    start = np.floor(position).astype(int)
+    weights = np.zeros((target, source), np.float32)
+    for tap in range(-1, 3):
+        at = np.clip(start + tap, 0, source - 1)
+        np.add.at(weights, (np.arange(target), at), _cubic(position - start - tap))
+    return weights
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    x = np.abs(x)
+    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
+    far = ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def first_frame_conditioning(
+    vae: WanVAE, image: Float[Array, "H W 3"], num_frames: int
+) -> Float32[Array, "t h w Y"]:
+    """Make Wan's image-to-video channels: mask (4), then the latents of the image.
+
+    The image is frame 0 of a video whose other frames are grey pixels, encoded as one.
+    """
+    return first_frames_conditioning(vae, image[None], num_frames)[0]
+
+
+def first_frames_conditioning(
+    vae: WanVAE, images: Float[Array, "B H W 3"], num_frames: int
+) -> Float32[Array, "B t h w Y"]:
+    """Make the conditioning channels of a batch of first images in [-1, 1]."""
+    grey = ((0, 0), (0, num_frames - 1), (0, 0), (0, 0), (0, 0))
+    latents = vae.encode(jnp.pad(images[:, None], grey))
+    # Frame 0 fills its group of four alone, so all four channels mark latent frame 0.
+    mask = jnp.zeros((*latents.shape[:-1], TIME_STRIDE)).at[:, 0].set(1)
+    return jnp.concatenate([mask, latents], axis=-1)
+
+
+def encode_target(vae: WanVAE, clip: Clip) -> Float32[Array, "B t h w z"]:
+    """Encode the target video of a batch of clips."""
+    return vae.encode(to_unit(clip.frames))
+
+
+def encode_conditions(
+    vae: WanVAE, clip: Clip, text: Float[Array | np.ndarray, "S E"]
+) -> Conditions:
+    """Make what the transformer is told of a batch of clips, nothing dropped.
+
+    `text` is the fixed prompt's rows. The condition video is encoded padded, and its
+    latents count 1 + (n - 1) // 4 for n real frames.
+    """
+    batch = clip.frames.shape[0]
+    num_frames = clip.first_from_camera.shape[1]
+    lengths = jnp.asarray(clip.condition_length)
+    return Conditions(
+        text=jnp.broadcast_to(jnp.asarray(text)[None], (batch, *text.shape)),
+        first_frame=first_frames_conditioning(
+            vae, to_unit(clip.frames[:, 0]), num_frames
+        ),
+        geo_latents=vae.encode(to_unit(clip.condition)),
+        geo_length=1 + (lengths - 1) // TIME_STRIDE,
+        keep_geo=jnp.ones(batch),
+        poses=jnp.asarray(clip.first_from_camera),
+        keep_pose=jnp.ones(batch),
+    )

@@ -1,0 +1,76 @@
+"""Conditioning against the official routine's numbers and the autoencoder's truths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_batch import make_clip
+
+from cityrag_jax.encode import (
+    encode_conditions,
+    encode_target,
+    first_frame_conditioning,
+    resize_bicubic,
+    to_pixels,
+    to_unit,
+)
+from cityrag_jax.model.vae import VAEConfig, WanVAE
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    return WanVAE(VAEConfig(base_dim=4), rngs=nnx.Rngs(0))
+
+
+def test_resize_equals_the_reference_kernel():
+    """Tolerance 1e-5 as the golden states: float32 sums of sixteen terms."""
+    golden = np.load("tests/golden/resize.npz")
+    cases = [name[:-3] for name in golden.files if name.endswith("_in")]
+    assert cases
+    for case in cases:
+        image = np.moveaxis(golden[f"{case}_in"][0], 0, -1)
+        expected = np.moveaxis(golden[f"{case}_out"][0], 0, -1)
+        resized = resize_bicubic(image, expected.shape[:2])
+        np.testing.assert_allclose(resized, expected, atol=1e-5)
+
+
+def test_pixels_survive_the_round_trip():
+    pixels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_pixels(to_unit(pixels)), pixels)
+
+
+def test_first_frame_latent_equals_the_image_encoded_alone(vae):
+    """The encoder is causal; the frames behind are encodings of grey, not zeros."""
+    image = jax.random.uniform(jax.random.key(0), (16, 32, 3), minval=-1)
+    made = jax.jit(first_frame_conditioning, static_argnums=2)(vae, image, 9)
+    assert made.shape == (3, 2, 4, 20)
+    np.testing.assert_array_equal(made[0, ..., :4], 1)
+    np.testing.assert_array_equal(made[1:, ..., :4], 0)
+    alone = jax.jit(WanVAE.encode)(vae, image[None, None])[0, 0]
+    np.testing.assert_allclose(made[0, ..., 4:], alone, atol=1e-5)
+    assert float(jnp.abs(made[1:, ..., 4:]).max()) > 1e-3
+
+
+def test_conditions_of_a_clip_have_the_transformers_shapes(vae):
+    clip = make_clip((2,))
+    text = np.ones((1, 5), np.float32)
+    conditions = jax.eval_shape(encode_conditions, vae, clip, text)
+    assert jax.eval_shape(encode_target, vae, clip).shape == (2, 3, 2, 4, 16)
+    assert conditions.text.shape == (2, 1, 5)
+    assert conditions.first_frame.shape == (2, 3, 2, 4, 20)
+    assert conditions.geo_latents.shape == (2, 4, 2, 4, 16)
+
+
+def test_generation_sees_what_training_sees(vae, rng):
+    """A clip that holds frame 0 alone makes the same conditions as the whole clip."""
+    clip = make_clip((1,))
+    frames = rng.integers(0, 256, clip.frames.shape, dtype=np.uint8)
+    whole = type(clip)(**{**vars(clip), "frames": frames})
+    first = type(clip)(**{**vars(clip), "frames": frames[:, :1]})
+    text = np.ones((1, 5), np.float32)
+    encode = jax.jit(encode_conditions)
+    trained, generated = (encode(vae, c, text) for c in (whole, first))
+    np.testing.assert_array_equal(trained.geo_length, [3])  # 11 frames
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(generated), strict=True):
+        np.testing.assert_array_equal(a, b)

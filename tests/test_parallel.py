@@ -1,0 +1,103 @@
+"""The mesh and the exchange: whatever is sharded equals what is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from cityrag_jax.model.attention import attend
+from cityrag_jax.model.layers import Linear
+from cityrag_jax.parallel import (
+    exchange_heads,
+    make_mesh,
+    param_shardings,
+    partition,
+    shard,
+    share_keys,
+)
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+
+
+def random_qkv(batch=8, queries=16, keys=24, heads=8, width=4):
+    shapes = (batch, queries), (batch, keys), (batch, keys)
+    split = jax.random.split(jax.random.key(0), 3)
+    return [
+        jax.random.normal(key, (*shape, heads, width))
+        for key, shape in zip(split, shapes, strict=True)
+    ]
+
+
+def test_mesh_of_another_size_than_the_devices_is_refused():
+    with pytest.raises(ValueError, match="2 x 2 x 1 needs 4 devices, there are 8"):
+        make_mesh(2, 2, 1)
+
+
+def test_without_a_mesh_nothing_is_sharded():
+    x = jnp.ones((4, 4))
+    assert shard(x, "batch", "tokens") is x
+
+
+def test_axes_that_do_not_divide_are_left_whole():
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        assert partition((8, 6), ("batch", "tokens")) == P(
+            ("data", "fsdp"), ("sequence",)
+        )
+        assert partition((6, 5), ("batch", "tokens")) == P(None, None)
+
+
+def test_parameters_split_over_fsdp_and_never_over_layers():
+    make = lambda key: Linear(  # noqa: E731
+        16,
+        32,
+        axes=("embed", "mlp"),
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs=nnx.Rngs(key),
+    )
+    stacked = jax.vmap(make)(jax.random.split(jax.random.key(0), 8))
+    mesh = make_mesh(1, 8, 1)
+    params = nnx.state(stacked)
+    placed = jax.device_put(params, param_shardings(params, mesh))
+    assert placed["kernel"].get_value().sharding.spec == P(None, ("fsdp",), None)
+    assert placed["bias"].get_value().sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("lengths", [None, "some"])
+def test_exchanged_attention_equals_attention(sizes, lengths):
+    """And so do its gradients. Tolerance: float32 sums in another order."""
+    q, k, v = random_qkv()
+    lengths = None if lengths is None else jnp.arange(8) * 3 + 1
+
+    def loss(attention):
+        return lambda q, k, v: jnp.sum(attention(q, k, v) ** 2)
+
+    plain = loss(lambda q, k, v: attend(q, k, v, lengths))
+    exchanged = loss(lambda q, k, v: exchange_heads(attend, q, k, v, lengths))
+    expected = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(q, k, v)
+    with jax.set_mesh(make_mesh(*sizes)):
+        actual = jax.jit(jax.value_and_grad(exchanged, (0, 1, 2)))(q, k, v)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_attention_to_shared_keys_equals_attention(sizes):
+    q, k, v = random_qkv(keys=7)
+    expected = attend(q, k, v)
+    with jax.set_mesh(make_mesh(*sizes)):
+        actual = jax.jit(lambda *x: share_keys(attend, *x))(q, k, v)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    q, k, v = random_qkv(heads=6)
+    with jax.set_mesh(make_mesh(1, 1, 8)):
+        with pytest.raises(ValueError, match="6 heads do not divide over .* = 8"):
+            exchange_heads(attend, q, k, v, None)
