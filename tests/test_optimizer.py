@@ -123,8 +123,8 @@ def _toy_params(rng) -> dict:
         "blocks.modulation": (3, 6, 16),
         "blocks.ffn.fc1.kernel": (3, 16, 24),
         "branches.0.mlp.fc1.kernel": (8, 8),
-        "branches.0.projection": (3, 8, 16),
-        "branches.0.bias": (3, 16),
+        "branches.0.projection.kernel": (3, 8, 16),
+        "branches.0.projection.bias": (3, 16),
         "branches.1.patch_embedding.kernel": (16, 16),
         "branches.1.layers.attention.q.kernel": (8, 16, 16),
         "head.linear.kernel": (16, 8),
@@ -141,7 +141,7 @@ def test_labels_follow_names_and_dimensions(rng):
         "blocks.self_attention.q.kernel",
         "blocks.ffn.fc1.kernel",
         "branches.0.mlp.fc1.kernel",
-        "branches.0.projection",
+        "branches.0.projection.kernel",
         "branches.1.layers.attention.q.kernel",
     }
     assert labels["blocks.cross_attention.k.kernel"] == "frozen"

@@ -59,8 +59,8 @@ class OptimizerConfig:
 def label_parameters(params: Mapping[str, Any], frozen: tuple[str, ...]) -> Labels:
     """Label every parameter `muon`, `adam` or `frozen`.
 
-    Muon takes the 2-D matrices (3-D where stacked) called kernel or projection inside
-    blocks and branches; embeddings of tokens, norms, biases and modulation tables go to
+    Muon takes the 2-D matrices (3-D where stacked) called kernel inside blocks and
+    branches; embeddings of tokens, norms, biases and modulation tables go to
     Adam, as do all parameters outside. A pattern that fits nothing is a ValueError.
     """
     for pattern in frozen:
@@ -77,7 +77,7 @@ def _label(name: str, ndim: int, frozen: tuple[str, ...]) -> str:
         return "frozen"
     root, *middle, last = name.split(".")
     inside = root in ("blocks", "branches") and "patch_embedding" not in middle
-    matrix = last in ("kernel", "projection") and ndim in (2, 3)
+    matrix = last == "kernel" and ndim in (2, 3)
     return "muon" if inside and matrix else "adam"
 
 
@@ -251,6 +251,4 @@ def _by_layers(mesh: Mesh) -> NamedSharding:
 
 def _is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
     """Weight decay leaves biases, norms and modulation alone."""
-    return {
-        name: name.rpartition(".")[2] in ("kernel", "projection") for name in params
-    }
+    return {name: name.endswith(".kernel") for name in params}

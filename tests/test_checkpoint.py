@@ -1,0 +1,319 @@
+"""Models and training states survive the disk exactly, or a clear error is raised."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cityrag_jax.checkpoint import (
+    Bundle,
+    TrainingCheckpoints,
+    abstract_model,
+    build_model,
+    describe,
+    latest_model,
+    load_bundle,
+    load_model,
+    parameters,
+    save_bundle,
+    save_model,
+    stacked_parameters,
+    with_parameters,
+)
+from cityrag_jax.model.dit import DiTConfig, WanDiT
+from cityrag_jax.model.geo_branch import GeoBranch
+from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
+from cityrag_jax.parallel import make_mesh
+
+CONFIG = DiTConfig(
+    dim=16,
+    num_heads=2,
+    num_layers=3,
+    ffn_dim=24,
+    in_channels=36,
+    freq_dim=16,
+    text_dim=8,
+    text_len=2,
+)
+DESCRIPTION = describe(
+    WanDiT, CONFIG, ((TrajectoryEncoder, {"hidden": 8}), (GeoBranch, {}))
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(DESCRIPTION, nnx.Rngs(3))
+
+
+def _assert_equal(a, b):
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]))
+
+
+def _flip_a_bit(folder, position=0.5):
+    """Change one bit in the largest file of values."""
+    path = max(folder.rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 16
+    path.write_bytes(content)
+
+
+def test_model_folder_round_trip(model, tmp_path):
+    save_model(tmp_path / "m", model, DESCRIPTION)
+    loaded = load_model(tmp_path / "m")
+    _assert_equal(parameters(model), parameters(loaded))
+    assert loaded.config == CONFIG
+    assert [type(b) for b in loaded.branches] == [TrajectoryEncoder, GeoBranch]
+
+
+def test_stacked_parameters_are_one_item_for_each_layer(model, tmp_path):
+    save_model(tmp_path / "m", model, DESCRIPTION)
+    digests = json.loads((tmp_path / "m" / "digests.json").read_text())
+    assert "blocks.ffn.fc1.kernel@002" in digests
+    assert "branches.0.projection.kernel@000" in digests
+    assert "head.linear.kernel" in digests
+    assert "blocks.ffn.fc1.kernel" not in digests
+
+
+def test_types_are_cast_on_save_and_on_load(model, tmp_path):
+    save_model(tmp_path / "m", model, DESCRIPTION, dtype=jnp.bfloat16)
+    loaded = load_model(tmp_path / "m")
+    kernel = parameters(loaded)["blocks.ffn.fc1.kernel"]
+    rounded = parameters(model)["blocks.ffn.fc1.kernel"].astype(jnp.bfloat16)
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(kernel, rounded.astype(jnp.float32))
+    low = load_model(tmp_path / "m", dtype=jnp.bfloat16)
+    assert low.config.dtype == jnp.bfloat16
+    assert {x.dtype for x in parameters(low).values()} == {jnp.dtype("bfloat16")}
+
+
+def test_a_model_saved_on_one_mesh_loads_on_another(model, tmp_path):
+    save_model(tmp_path / "m", model, DESCRIPTION)
+    sharded = load_model(tmp_path / "m", mesh=make_mesh(2, 4, 1))
+    kernel = parameters(sharded)["blocks.self_attention.q.kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, ("fsdp",), None)
+    save_model(tmp_path / "n", sharded, DESCRIPTION)
+    again = load_model(tmp_path / "n", mesh=make_mesh(1, 8, 1))
+    _assert_equal(parameters(model), parameters(again))
+
+
+def test_a_flipped_bit_is_never_loaded(model, tmp_path):
+    """A file also holds index pages that nobody reads: there a flip changes nothing."""
+    save_model(tmp_path / "m", model, DESCRIPTION)
+    found = 0
+    for i, position in enumerate(np.linspace(0.1, 0.9, 6)):
+        copy = tmp_path / f"copy{i}"
+        shutil.copytree(tmp_path / "m", copy)
+        _flip_a_bit(copy / "arrays", position)
+        try:
+            _assert_equal(parameters(model), parameters(load_model(copy)))
+        except ValueError as error:
+            assert "damaged" in str(error) or "DATA_LOSS" in str(error)
+            found += 1
+    assert found >= 2
+
+
+def test_all_differences_of_a_model_are_reported_at_once(model, tmp_path):
+    save_model(tmp_path / "m", model, DESCRIPTION)
+    path = tmp_path / "m" / "config.json"
+    changed = json.loads(path.read_text())
+    changed["config"]["ffn_dim"] = 32
+    del changed["branches"][1]
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path / "m")
+    text = str(error.value)
+    assert "blocks.ffn.fc1.kernel: stored (16, 24), the model has (16, 32)" in text
+    assert "unknown to the model: branches.1.patch_embedding.kernel" in text
+
+
+def test_a_folder_cannot_name_a_class_outside_the_models(model, tmp_path):
+    save_model(tmp_path / "m", model, DESCRIPTION)
+    path = tmp_path / "m" / "config.json"
+    path.write_text(
+        path.read_text().replace("cityrag_jax.model.dit.WanDiT", "os.system")
+    )
+    with pytest.raises(ValueError, match="os.system"):
+        load_model(tmp_path / "m")
+
+
+def test_an_existing_folder_is_not_overwritten_unasked(model, tmp_path):
+    save_model(tmp_path / "m", model, DESCRIPTION)
+    with pytest.raises(ValueError, match="exists"):
+        save_model(tmp_path / "m", model, DESCRIPTION)
+    save_model(tmp_path / "m", model, DESCRIPTION, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_bundle_round_trip(model, tmp_path, rng):
+    text = rng.normal(size=(2, 8)).astype(np.float32)
+    bundle = Bundle({"transformer": model}, {"transformer": DESCRIPTION}, text)
+    save_bundle(tmp_path / "b", bundle)
+    loaded = latest_model(tmp_path / "b")
+    np.testing.assert_array_equal(loaded.text, text)
+    _assert_equal(parameters(model), parameters(loaded.modules["transformer"]))
+
+
+def _state(rng, mesh=None):
+    """A stand-in training state: a stack of 8 layers, its momentum, a counter."""
+    values = {
+        "blocks.w.kernel": rng.normal(size=(8, 16, 24)).astype(np.float32),
+        "head.bias": rng.normal(size=5).astype(np.float32),
+    }
+    momentum = {"blocks.w.kernel": values["blocks.w.kernel"] * 2}
+    state = {"params": values, "optimizer": (momentum, np.int32(7)), "ema": {}}
+
+    def put(x):
+        if mesh is None:
+            return jnp.asarray(x)
+        spec = PartitionSpec(*(None,) * (x.ndim - 1), "fsdp") if x.ndim == 3 else ()
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(put, state)
+
+
+def _abstract(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+
+
+STACKED = frozenset({"blocks.w.kernel"})
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 4, 1), (1, 8, 1)])
+def test_training_state_round_trip_on_any_mesh(rng, tmp_path, sizes):
+    written = _state(rng)
+    with TrainingCheckpoints(tmp_path, writable=True) as checkpoints:
+        checkpoints.save(5, written, {"position": [1, "a"]}, STACKED)
+    mesh = sizes and make_mesh(*sizes)
+    target = _state(np.random.default_rng(1), mesh)
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [5]
+        read, notes = checkpoints.restore(_abstract(target), STACKED)
+    assert notes == {"position": [1, "a"]}
+    for a, b, like in zip(*map(jax.tree.leaves, (written, read, target)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert b.sharding == like.sharding
+
+
+def test_momentum_split_by_layers_is_restored_so(rng, tmp_path):
+    mesh = make_mesh(2, 2, 2)
+    by_layers = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None, None))
+    momentum = jax.device_put(_state(rng)["params"]["blocks.w.kernel"], by_layers)
+    group = {"optimizer": {"blocks.w.kernel": momentum}}
+    with TrainingCheckpoints(tmp_path, writable=True) as checkpoints:
+        checkpoints.save(1, group, {}, STACKED)
+        checkpoints.wait()
+        read, _ = checkpoints.restore(_abstract(group), STACKED)
+    assert read["optimizer"]["blocks.w.kernel"].sharding == by_layers
+    np.testing.assert_array_equal(read["optimizer"]["blocks.w.kernel"], momentum)
+
+
+def test_only_the_newest_are_kept(rng, tmp_path):
+    state = _state(rng)
+    with TrainingCheckpoints(tmp_path, keep=2, writable=True) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state, {}, STACKED)
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [2, 3]
+
+
+def test_an_unfinished_save_is_ignored_and_cleaned(rng, tmp_path):
+    """What a kill between start and commit leaves: a folder that was not renamed."""
+    state = _state(rng)
+    with TrainingCheckpoints(tmp_path, writable=True) as checkpoints:
+        checkpoints.save(1, state, {"at": 1}, STACKED)
+        checkpoints.save(2, state, {"at": 2}, STACKED)
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+    (tmp_path / "2").rename(unfinished)
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+        assert checkpoints.read_notes() == {"at": 1}
+    with TrainingCheckpoints(tmp_path, writable=True) as checkpoints:
+        checkpoints.save(2, state, {"at": 2}, STACKED)
+    assert not unfinished.exists()
+
+
+def test_arrays_may_be_donated_while_the_save_is_running(rng, tmp_path):
+    state = _state(rng)
+    before = jax.tree.map(np.array, state)
+    overwrite = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
+    )
+    with TrainingCheckpoints(tmp_path, writable=True) as checkpoints:
+        wanted = _abstract(state)
+        checkpoints.save(1, state, {}, STACKED)
+        state = overwrite(state)
+        checkpoints.wait()
+        read, _ = checkpoints.restore(wanted, STACKED)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(read), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_flipped_bit_in_a_training_checkpoint_is_found(rng, tmp_path):
+    state = _state(rng)
+    with TrainingCheckpoints(tmp_path, writable=True) as checkpoints:
+        checkpoints.save(1, state, {}, STACKED)
+        checkpoints.wait()
+        _flip_a_bit(tmp_path / "1" / "params")
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoints.restore(_abstract(state), STACKED)
+
+
+def test_a_failed_save_is_raised_and_never_counted(rng, tmp_path, monkeypatch):
+    """A full disk at the commit: `wait` raises and the step does not exist."""
+    from orbax.checkpoint._src.path import atomicity
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    state = _state(rng)
+    checkpoints = TrainingCheckpoints(tmp_path, writable=True)
+    checkpoints.save(1, state, {}, STACKED)
+    checkpoints.wait()
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", full)
+    checkpoints.save(2, state, {}, STACKED)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    with TrainingCheckpoints(tmp_path) as reader:
+        assert reader.steps == [1]
+
+
+def test_the_newest_model_of_a_workdir_is_the_average_if_there_is_one(model, tmp_path):
+    values = parameters(model)
+    average = {n: x + 1 for n, x in values.items()}
+    save_bundle(tmp_path / "base", Bundle({}, {"transformer": DESCRIPTION}))
+    stacked = stacked_parameters(model)
+    with TrainingCheckpoints(tmp_path / "checkpoints", writable=True) as checkpoints:
+        notes = {"part": "transformer"}
+        checkpoints.save(1, {"params": values, "ema": {}}, notes, stacked)
+        checkpoints.wait()
+        bundle = latest_model(tmp_path)
+        _assert_equal(values, parameters(bundle.modules["transformer"]))
+        checkpoints.save(2, {"params": values, "ema": average}, notes, stacked)
+    bundle = latest_model(tmp_path)
+    _assert_equal(average, parameters(bundle.modules["transformer"]))
+    assert bundle.origin.endswith("2 (ema)")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no model"):
+        latest_model(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_bundle(tmp_path)
+
+
+def test_parameters_by_name_round_trip(model):
+    copy = with_parameters(abstract_model(DESCRIPTION), parameters(model))
+    _assert_equal(parameters(model), parameters(copy))
+    assert "blocks.modulation" in stacked_parameters(model)
+    assert "head.modulation" not in stacked_parameters(model)
