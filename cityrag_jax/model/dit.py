@@ -7,7 +7,7 @@ Source: Wan-Video/Wan2.1, wan/modules/model.py.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,17 +76,17 @@ class DiTConfig:
         return self.dim // self.num_heads
 
     @classmethod
-    def i2v_14b(cls, **changes: Any) -> Self:
+    def i2v_14b(cls, **changes: Any) -> "DiTConfig":
         """Wan 2.1 I2V-14B; 480P and 720P differ in weights alone."""
         return cls(**dict(_WAN_14B, in_channels=36, image_dim=1280) | changes)
 
     @classmethod
-    def t2v_14b(cls, **changes: Any) -> Self:
+    def t2v_14b(cls, **changes: Any) -> "DiTConfig":
         """Wan 2.1 T2V-14B."""
         return cls(**dict(_WAN_14B, in_channels=16) | changes)
 
     @classmethod
-    def t2v_1_3b(cls, **changes: Any) -> Self:
+    def t2v_1_3b(cls, **changes: Any) -> "DiTConfig":
         """Wan 2.1 T2V-1.3B."""
         sizes = dict(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
         return cls(**dict(sizes, in_channels=16) | changes)
