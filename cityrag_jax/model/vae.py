@@ -1,0 +1,496 @@
+"""The Wan 2.1 video autoencoder, causal in time, channels last.
+
+A video of 1 + 4m frames becomes 1 + m latent frames, each 8x smaller in height and
+width. Every layer is causal, so the video may be fed in chunks: a layer called with
+`cache=None` starts a video (its first frame is special), called with the cache that
+it returned it continues one. The whole-sequence form is a single first chunk as long
+as the video; the streamed form is a first chunk of one latent frame, then a scan over
+groups of one latent frame each, whose memory does not grow with the video.
+
+Source: Wan-Video/Wan2.1, `wan/modules/vae.py`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, PyTree
+
+# Statistics of the latents of Wan's own autoencoder.
+WAN_LATENT_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_LATENT_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+Frames = Float[Array, "B T H W C"]
+# Frames of another count, size or width.
+NewFrames = Float[Array, "B t h w c"]
+# What a layer remembers of earlier chunks: arrays, or () where it is stateless.
+Cache = PyTree[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the autoencoder; the defaults are Wan 2.1's.
+
+    `temporal_downsample` says for each spatial halving whether time is halved too.
+    `dtype` is the type of the arithmetic (norm statistics and latents stay float32).
+    """
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
+    latent_std: tuple[float, ...] = WAN_LATENT_STD
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"temporal_downsample has {len(self.temporal_downsample)} entries for "
+                f"{len(self.dim_mult)} levels; give one for each of the "
+                f"{len(self.dim_mult) - 1} steps between levels."
+            )
+        if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
+            raise ValueError(
+                f"latent_mean and latent_std have {len(self.latent_mean)} and "
+                f"{len(self.latent_std)} entries for z_dim {self.z_dim}; give one for "
+                "each latent channel (0 and 1 before they are measured)."
+            )
+
+    @property
+    def time_stride(self) -> int:
+        """Frames for each latent frame after the first."""
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def space_stride(self) -> int:
+        """Pixels for each latent row and column."""
+        return 2 ** len(self.temporal_downsample)
+
+
+class WanVAE(nnx.Module):
+    """Encode video to normalised latents and back."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.quant_conv = Conv(2 * config.z_dim, 2 * config.z_dim, config, rngs=rngs)
+        self.post_quant_conv = Conv(config.z_dim, config.z_dim, config, rngs=rngs)
+
+    def encode(self, video: Float[Array, "B T H W 3"]) -> Float32[Array, "B t h w z"]:
+        """Encode video in [-1, 1] to the normalised mean, streamed in time.
+
+        Trailing frames that do not fill a group of `time_stride` are ignored. Height
+        and width must be multiples of `space_stride`, else ValueError.
+        """
+        groups = self._count_groups(video)
+        stride = self.config.time_stride
+
+        def encode_group(index, caches):
+            start = 1 + stride * index
+            group = jax.lax.dynamic_slice_in_dim(video, start, stride, axis=1)
+            moments, caches = self.encoder(group.astype(self.config.dtype), caches)
+            return self.normalise(self._split_moments(moments)[0]), caches
+
+        moments, caches = self.encoder(video[:, :1].astype(self.config.dtype), None)
+        first = self.normalise(self._split_moments(moments)[0])
+        return _stream(encode_group, first, caches, groups)
+
+    def decode(self, latents: Float[Array, "B t h w z"]) -> Float32[Array, "B T H W 3"]:
+        """Decode normalised latents, streamed in time; the video is not clamped."""
+
+        def decode_group(index, caches):
+            group = jax.lax.dynamic_slice_in_dim(latents, 1 + index, 1, axis=1)
+            return self._decode_chunk(self.denormalise(group), caches)
+
+        first, caches = self._decode_chunk(self.denormalise(latents[:, :1]), None)
+        return _stream(decode_group, first, caches, latents.shape[1] - 1)
+
+    def encode_whole(
+        self, video: Float[Array, "B T H W 3"]
+    ) -> Float32[Array, "B t h w z"]:
+        """Equal `encode`, in one pass whose memory grows with the video."""
+        return self.normalise(self.posterior(video)[0])
+
+    def decode_whole(
+        self, latents: Float[Array, "B t h w z"]
+    ) -> Float32[Array, "B T H W 3"]:
+        """Equal `decode`, in one pass whose memory grows with the video."""
+        return self.decode_raw(self.denormalise(latents))
+
+    def posterior(
+        self, video: Float[Array, "B T H W 3"]
+    ) -> tuple[Float32[Array, "B t h w z"], Float32[Array, "B t h w z"]]:
+        """Give mean and log variance of the latents, not normalised, in one pass."""
+        groups = self._count_groups(video)
+        video = video[:, : 1 + groups * self.config.time_stride]
+        return self._split_moments(self.encoder(video.astype(self.config.dtype))[0])
+
+    def decode_raw(
+        self, latents: Float[Array, "B t h w z"]
+    ) -> Float32[Array, "B T H W 3"]:
+        """Decode latents that are not normalised, in one pass."""
+        return self._decode_chunk(latents, None)[0]
+
+    def normalise(
+        self, latents: Float[Array, "B t h w z"]
+    ) -> Float32[Array, "B t h w z"]:
+        """Bring each latent channel to mean 0 and standard deviation 1."""
+        mean, std = self._latent_statistics()
+        return (latents.astype(jnp.float32) - mean) / std
+
+    def denormalise(
+        self, latents: Float[Array, "B t h w z"]
+    ) -> Float32[Array, "B t h w z"]:
+        """Undo `normalise`."""
+        mean, std = self._latent_statistics()
+        return latents.astype(jnp.float32) * std + mean
+
+    def _latent_statistics(self):
+        statistics = self.config.latent_mean, self.config.latent_std
+        return [jnp.asarray(s, jnp.float32)[None, None, None, None] for s in statistics]
+
+    def _count_groups(self, video):
+        """Count the groups of frames after the first frame, refusing odd sizes."""
+        _, T, H, W, _ = video.shape
+        side = self.config.space_stride
+        if T < 1 or H % side or W % side:
+            raise ValueError(
+                f"Video of {T} frames of {H}x{W}: the autoencoder needs one frame or "
+                f"more and sides that are multiples of {side}; resize or crop it first."
+            )
+        return (T - 1) // self.config.time_stride
+
+    def _split_moments(self, moments):
+        moments = self.quant_conv(moments).astype(jnp.float32)
+        return tuple(jnp.split(moments, 2, axis=-1))
+
+    def _decode_chunk(self, latents, caches):
+        x = self.post_quant_conv(latents.astype(self.config.dtype))
+        video, caches = self.decoder(x, caches)
+        return video.astype(jnp.float32), caches
+
+
+def _stream(step, first, caches, groups):
+    """Write `first` and then every group's result into one array, in a scan.
+
+    The result is carried and updated in place: stacking it instead would need a second
+    array of its size to bring time behind the batch.
+    """
+    if not groups:
+        return first
+
+    def body(carry, index):
+        result, caches = carry
+        frames, caches = step(index, caches)
+        start = 1 + index * frames.shape[1]
+        result = jax.lax.dynamic_update_slice_in_dim(result, frames, start, axis=1)
+        return (result, caches), None
+
+    size = jax.eval_shape(step, jnp.int32(0), caches)[0].shape[1]
+    B, _, *rest = first.shape
+    result = jnp.zeros((B, 1 + groups * size, *rest), first.dtype)
+    result = jax.lax.dynamic_update_slice_in_dim(result, first, 0, axis=1)
+    (result, _), _ = jax.lax.scan(body, (result, caches), jnp.arange(groups))
+    return result
+
+
+class Encoder(nnx.Module):
+    """Video to the moments of the latents, before the last 1x1x1 convolution.
+
+    `layers` is flat, numbered as in the official checkpoint.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        widths = [config.base_dim * m for m in (1, *config.dim_mult)]
+        self.conv_in = CausalConv(3, widths[0], config, rngs=rngs)
+        layers = []
+        for level, (width_in, width) in enumerate(
+            zip(widths[:-1], widths[1:], strict=True)
+        ):
+            for _ in range(config.num_res_blocks):
+                layers.append(ResidualBlock(width_in, width, config, rngs=rngs))
+                width_in = width
+            if level < len(config.temporal_downsample):
+                temporal = config.temporal_downsample[level]
+                layers.append(Downsample(width, temporal, config, rngs=rngs))
+        self.layers = nnx.List(layers)
+        self.middle = _middle(width, config, rngs)
+        self.norm_out = ChannelNorm(width, config)
+        self.conv_out = CausalConv(width, 2 * config.z_dim, config, rngs=rngs)
+
+    def __call__(self, x: Frames, caches: Cache = None) -> tuple[NewFrames, Cache]:
+        return _run([self.conv_in, *self.layers, *self.middle, self._head], x, caches)
+
+    def _head(self, x, cache):
+        return self.conv_out(nnx.silu(self.norm_out(x)), cache)
+
+
+class Decoder(nnx.Module):
+    """Latents after the first 1x1x1 convolution to video; the encoder's mirror."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        multiples = config.dim_mult[::-1]
+        widths = [config.base_dim * m for m in multiples]
+        width_in = widths[0]
+        self.conv_in = CausalConv(config.z_dim, width_in, config, rngs=rngs)
+        self.middle = _middle(width_in, config, rngs)
+        layers = []
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks + 1):
+                layers.append(ResidualBlock(width_in, width, config, rngs=rngs))
+                width_in = width
+            if level < len(config.temporal_downsample):
+                temporal = config.temporal_downsample[::-1][level]
+                layers.append(Upsample(width, temporal, config, rngs=rngs))
+                width_in = width // 2
+        self.layers = nnx.List(layers)
+        self.norm_out = ChannelNorm(width, config)
+        self.conv_out = CausalConv(width, 3, config, rngs=rngs)
+
+    def __call__(self, x: Frames, caches: Cache = None) -> tuple[NewFrames, Cache]:
+        return _run([self.conv_in, *self.middle, *self.layers, self._head], x, caches)
+
+    def _head(self, x, cache):
+        return self.conv_out(nnx.silu(self.norm_out(x)), cache)
+
+
+def _middle(width, config, rngs):
+    return nnx.List(
+        [
+            ResidualBlock(width, width, config, rngs=rngs),
+            AttentionBlock(width, config, rngs=rngs),
+            ResidualBlock(width, width, config, rngs=rngs),
+        ]
+    )
+
+
+def _run(layers, x, caches):
+    """Apply layers in order, each with its cache; None starts a video everywhere."""
+    caches = [None] * len(layers) if caches is None else caches
+    new_caches = []
+    for layer, cache in zip(layers, caches, strict=True):
+        x, cache = layer(x, cache)
+        new_caches.append(cache)
+    return x, tuple(new_caches)
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), x projected where widths differ."""
+
+    def __init__(self, width_in: int, width: int, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm1 = ChannelNorm(width_in, config)
+        self.conv1 = CausalConv(width_in, width, config, rngs=rngs)
+        self.norm2 = ChannelNorm(width, config)
+        self.conv2 = CausalConv(width, width, config, rngs=rngs)
+        projected = width_in != width
+        self.shortcut = Conv(width_in, width, config, rngs=rngs) if projected else None
+
+    def __call__(self, x: Frames, cache: Cache = None) -> tuple[NewFrames, Cache]:
+        cache1, cache2 = (None, None) if cache is None else cache
+        residual = x if self.shortcut is None else self.shortcut(x)
+        x, cache1 = self.conv1(nnx.silu(self.norm1(x)), cache1)
+        x, cache2 = self.conv2(nnx.silu(self.norm2(x)), cache2)
+        return residual + x, (cache1, cache2)
+
+
+class AttentionBlock(nnx.Module):
+    """Single-head attention among the places of each frame, with a residual.
+
+    Needs (h w)^2 numbers for each frame of the chunk: one frame when streamed.
+    """
+
+    def __init__(self, width: int, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm = ChannelNorm(width, config)
+        self.to_qkv = Conv(width, 3 * width, config, rngs=rngs)
+        self.proj = Conv(width, width, config, rngs=rngs, zero=True)
+
+    def __call__(self, x: Frames, cache: Cache = None) -> tuple[Frames, Cache]:
+        B, _, H, _, C = x.shape
+        qkv = rearrange(self.to_qkv(self.norm(x)), "B T H W C -> (B T) (H W) C")
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * C**-0.5, axis=-1).astype(v.dtype)
+        out = jnp.einsum("nqk,nkc->nqc", weights, v)
+        out = rearrange(out, "(B T) (H W) C -> B T H W C", B=B, H=H)
+        return x + self.proj(out), ()
+
+
+class Downsample(nnx.Module):
+    """Halve height and width, then time if `temporal`.
+
+    The first frame of a video passes time untouched: 1 + 2m frames become 1 + m.
+    """
+
+    def __init__(
+        self, width: int, temporal: bool, config: VAEConfig, *, rngs: nnx.Rngs
+    ):
+        self.conv = Conv(width, width, config, size=(1, 3, 3), rngs=rngs)
+        size = (3, 1, 1)
+        self.time_conv = (
+            Conv(width, width, config, size=size, rngs=rngs) if temporal else None
+        )
+
+    def __call__(self, x: Frames, cache: Cache = None) -> tuple[NewFrames, Cache]:
+        # The reference pads one row below and one column on the right, and only there.
+        x = self.conv(x, stride=(1, 2), padding=(0, 1))
+        if self.time_conv is None:
+            return x, ()
+        last = x[:, -1:]
+        if cache is not None:
+            frames = jnp.concatenate([cache, x], axis=1)
+            return self.time_conv(frames, stride=(2, 1)), last
+        if x.shape[1] == 1:
+            return x, last
+        halved = self.time_conv(x, stride=(2, 1))
+        return jnp.concatenate([x[:, :1], halved], axis=1), last
+
+
+class Upsample(nnx.Module):
+    """Double time if `temporal`, then height and width; channels are halved.
+
+    The first frame of a video passes time undoubled, and the time convolution never
+    sees it: it starts on the second frame, behind zeros.
+    """
+
+    def __init__(
+        self, width: int, temporal: bool, config: VAEConfig, *, rngs: nnx.Rngs
+    ):
+        self.conv = Conv(width, width // 2, config, size=(1, 3, 3), rngs=rngs)
+        size = (3, 1, 1)
+        self.time_conv = (
+            CausalConv(width, 2 * width, config, size=size, rngs=rngs)
+            if temporal
+            else None
+        )
+
+    def __call__(self, x: Frames, cache: Cache = None) -> tuple[NewFrames, Cache]:
+        cache = () if self.time_conv is None else cache
+        if self.time_conv is not None:
+            x, cache = self._double_time(x, cache)
+        x = repeat(x, "B T H W C -> B T (H y) (W x) C", y=2, x=2)
+        return self.conv(x, padding=(1, 1)), cache
+
+    def _double_time(self, x, cache):
+        if cache is None:
+            first, x = x[:, :1], x[:, 1:]
+            cache = jnp.zeros_like(first, shape=(first.shape[0], 2, *first.shape[2:]))
+            if x.shape[1] == 0:
+                return first, cache
+            doubled, cache = self._double_time(x, cache)
+            return jnp.concatenate([first, doubled], axis=1), cache
+        x, cache = self.time_conv(x, cache)
+        return rearrange(x, "B T H W (s C) -> B (T s) H W C", s=2), cache
+
+
+class ChannelNorm(nnx.Module):
+    """Divide by the length over channels, times sqrt(C) and a learned scale."""
+
+    def __init__(self, width: int, config: VAEConfig):
+        scale = jnp.ones((width,), config.param_dtype)
+        self.scale = nnx.Param(scale, axes=(None,))
+
+    def __call__(self, x: Frames) -> Frames:
+        # Statistics are float32. The length is clamped at 1e-12 as in the reference,
+        # by its square: a root of zero would have no gradient.
+        x32 = x.astype(jnp.float32)
+        square = jnp.sum(x32 * x32, axis=-1, keepdims=True)
+        scale = self.scale[...].astype(jnp.float32)[None, None, None, None]
+        unit = x32 * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        return (unit * (x.shape[-1] ** 0.5) * scale).astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """A convolution over time, rows and columns as one 2-D convolution.
+
+    The time taps are concatenated in channels, which is faster than a 3-D convolution
+    on every device that we measured. Time is never padded here.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        config: VAEConfig,
+        *,
+        size: tuple[int, int, int] = (1, 1, 1),
+        zero: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2, 3))
+        init = nnx.initializers.zeros if zero else init
+        kernel = init(rngs.params(), (*size, width_in, width), config.param_dtype)
+        bias = jnp.zeros((width,), config.param_dtype)
+        self.kernel = nnx.Param(kernel, axes=(None, None, None, None, "vae_out"))
+        self.bias = nnx.Param(bias, axes=("vae_out",))
+        self.dtype = config.dtype
+
+    def __call__(
+        self,
+        x: Frames,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+    ) -> NewFrames:
+        """Convolve with a stride in time and in space, padding each side of space."""
+        taps, *_ = self.kernel.shape
+        kernel = rearrange(self.kernel[...], "t y x i o -> y x (t i) o")
+        B = x.shape[0]
+        frames = rearrange(_time_taps(x, taps, stride[0]), "B T H W C -> (B T) H W C")
+        frames = jax.lax.conv_general_dilated(
+            frames,
+            kernel.astype(self.dtype),
+            window_strides=(stride[1], stride[1]),
+            padding=(padding, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        frames = rearrange(frames, "(B T) H W C -> B T H W C", B=B)
+        return frames + self.bias[...].astype(self.dtype)[None, None, None, None]
+
+
+class CausalConv(Conv):
+    """A convolution that sees the present and the past; before the video, zeros.
+
+    The cache is the last two input frames.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        config: VAEConfig,
+        *,
+        size: tuple[int, int, int] = (3, 3, 3),
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(width_in, width, config, size=size, rngs=rngs)
+
+    def __call__(self, x: Frames, cache: Cache = None) -> tuple[NewFrames, Cache]:
+        taps, rows, _, *_ = self.kernel.shape
+        if cache is None:
+            B, _, *rest = x.shape
+            cache = jnp.zeros((B, taps - 1, *rest), x.dtype)
+        frames = jnp.concatenate([cache, x], axis=1)
+        side = (rows // 2, rows // 2)
+        return super().__call__(frames, padding=side), frames[:, 1 - taps :]
+
+
+def _time_taps(x, taps, stride):
+    """Concatenate in channels the frames that each result sees, earliest first."""
+    if taps == 1:
+        return x[:, ::stride]
+    count = (x.shape[1] - taps) // stride + 1
+    reach = (count - 1) * stride + 1
+    return jnp.concatenate([x[:, j : j + reach : stride] for j in range(taps)], axis=-1)
