@@ -1,0 +1,37 @@
+# make demo       a city, a path, a generated video, scores, two minutes of training
+# make test       every test but the slow ones; make test-long: those
+# make help       this text
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+DEMO := out/demo
+TORCH := torch==2.13.0
+
+.PHONY: help demo test test-long clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --editable .
+	touch $@
+
+# torch first: a range would take the newest build with all of its GPU packages.
+.venv/installed-tests: .venv/installed
+	.venv/bin/pip install --quiet $(TORCH)
+	.venv/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: .venv/installed
+	$(RUN) tools/demo.py --out=$(DEMO)
+
+test: .venv/installed-tests
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-long: .venv/installed-tests
+	$(RUN) -m pytest -n 2 --dist loadfile -m long
+
+clean:
+	rm -rf .venv out
