@@ -1,0 +1,332 @@
+"""Mine pairs: two drives along one path at different times (section 3.1).
+
+A pair is a window of `num_frames` consecutive captures of drive a, and the capture of
+drive b nearest to its first place, such that b follows the window: mean distance below
+`max_mean_distance_m`, the same direction, and progress along b that never turns back.
+The mean runs over the window's captures, each to the nearest capture of b.
+
+Neighbourhoods can be held out for evaluation: their pairs are marked, and no training
+pair shows a capture of theirs. Pairs are ordered: (a, b) and (b, a) are two.
+"""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int32, Int64
+
+from cityrag_jax.data.captures import Captures
+from cityrag_jax.geo.retrieval import build_tree, drive_edges
+
+
+@dataclasses.dataclass(frozen=True)
+class PairConfig:
+    """What counts as a pair. Defaults are the paper's or *assumed* where it is silent.
+
+    `min_gap_s` keeps the two captures of a place apart in time (*assumed* 2 hours:
+    morning and afternoon). `stride` is the step between windows of a drive.
+    `min_condition` captures must be left in drive b. `held_out` lists neighbourhoods;
+    None draws `held_out_fraction` of them by `seed`. 1.0 holds out the whole city.
+    """
+
+    num_frames: int = 73
+    max_mean_distance_m: float = 5.0
+    min_gap_s: float = 7200.0
+    max_turn_deg: float = 45.0
+    stride: int = 8
+    min_condition: int = 61
+    held_out: tuple[int, ...] | None = None
+    held_out_fraction: float = 0.1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Columns of pairs; starts are indices into the city's captures.
+
+    `neighbourhood` is that of the window's first capture.
+    """
+
+    drive_a: Int32[np.ndarray, " P"]
+    start_a: Int64[np.ndarray, " P"]
+    drive_b: Int32[np.ndarray, " P"]
+    start_b: Int64[np.ndarray, " P"]
+    mean_distance_m: Float64[np.ndarray, " P"]
+    neighbourhood: Int32[np.ndarray, " P"]
+    held_out: Bool[np.ndarray, " P"]
+    num_frames: int
+
+    def __len__(self) -> int:
+        return len(self.start_a)
+
+    def select(self, mask: Bool[np.ndarray, " P"]) -> "Pairs":
+        """Keep the pairs of a mask, in order."""
+        kept = {f.name: getattr(self, f.name)[mask] for f in _columns()}
+        return Pairs(**kept, num_frames=self.num_frames)
+
+    @property
+    def training(self) -> "Pairs":
+        return self.select(~self.held_out)
+
+    @property
+    def evaluation(self) -> "Pairs":
+        return self.select(self.held_out)
+
+
+def choose_held_out(
+    neighbourhood: Int32[np.ndarray, " N"], name: str, config: PairConfig
+) -> Int32[np.ndarray, " H"]:
+    """Choose neighbourhoods to hold out, the same ones for a city and seed always.
+
+    A fraction above 0 holds out at least one, and below 1 leaves at least one, where
+    the city has two or more.
+    """
+    known = np.unique(neighbourhood)
+    if config.held_out is not None:
+        unknown = sorted(set(config.held_out) - set(known.tolist()))
+        if unknown:
+            raise ValueError(
+                f"{name} has no neighbourhoods {unknown}; it has {known.tolist()}."
+            )
+        return np.array(sorted(config.held_out), np.int32)
+    if not 0 <= config.held_out_fraction <= 1:
+        raise ValueError(
+            f"held_out_fraction is {config.held_out_fraction}; give 0 to 1."
+        )
+    count = round(config.held_out_fraction * len(known))
+    if 0 < config.held_out_fraction < 1 and len(known) > 1:
+        count = min(max(count, 1), len(known) - 1)
+    draws = [
+        hashlib.sha256(f"{name}/{config.seed}/{k}".encode()).digest()
+        for k in known.tolist()
+    ]
+    order = sorted(range(len(known)), key=draws.__getitem__)
+    return np.sort(known[order[:count]])
+
+
+def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
+    """Find all pairs of a city, in the order of drive a's captures.
+
+    Raises ValueError with the parameters tried and the nearest miss if there are none.
+    """
+    chosen = choose_held_out(captures.neighbourhood, name, config)
+    track = _track(captures)
+    starts = _window_starts(track.edges, config)
+    window, drive = _candidates(captures, track, starts, config)
+    order = np.argsort(drive, kind="stable")
+    found, misses = [], []
+    for group in np.split(order, np.flatnonzero(np.diff(drive[order])) + 1):
+        if len(group) == 0:
+            continue
+        first = starts[window[group]]
+        match, distance_m = _follow(track, first, int(drive[group[0]]), config)
+        fits = _fits(track, first, match, config)
+        near = distance_m <= config.max_mean_distance_m
+        keep = fits & near
+        found.append(np.stack([first[keep], match[keep, 0], distance_m[keep]]))
+        misses.append(distance_m[fits & ~near])
+    start_a, start_b, distance_m = np.concatenate(found or [np.empty((3, 0))], axis=1)
+    if len(start_a) == 0:
+        reason = _why_none(config, len(starts), len(window), misses)
+        raise ValueError(f"{name} has no pairs: {reason}")
+    order = np.lexsort([start_b, start_a])
+    start_a, start_b = (s[order].astype(np.int64) for s in (start_a, start_b))
+    held_out, clean = _hold_out(captures, chosen, start_a, start_b, config)
+    pairs = Pairs(
+        drive_a=captures.drive[start_a],
+        start_a=start_a,
+        drive_b=captures.drive[start_b],
+        start_b=start_b,
+        mean_distance_m=distance_m[order],
+        neighbourhood=captures.neighbourhood[start_a],
+        held_out=held_out,
+        num_frames=config.num_frames,
+    )
+    return pairs.select(clean)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Track:
+    """Positions from the city's middle, length along drives, and travel direction."""
+
+    position_m: Float64[np.ndarray, "N 3"]
+    along_m: Float64[np.ndarray, " N"]
+    direction: Float64[np.ndarray, "N 3"]
+    edges: Int64[np.ndarray, " D"]
+
+
+def _track(captures: Captures) -> _Track:
+    position_m = captures.ecef_from_camera[:, :3, 3]
+    position_m = position_m - position_m.mean(0)
+    edges = drive_edges(captures.drive)
+    steps_m = np.linalg.norm(
+        np.diff(position_m, axis=0, prepend=position_m[:1]), axis=1
+    )
+    steps_m[edges[:-1]] = 0
+    # Five captures ahead and behind, within the drive: noise must not turn it.
+    lengths = np.diff(edges)
+    low, high = np.repeat(edges[:-1], lengths), np.repeat(edges[1:] - 1, lengths)
+    index = np.arange(len(position_m))
+    ahead = position_m[np.minimum(index + 5, high)]
+    moved = ahead - position_m[np.maximum(index - 5, low)]
+    length_m = np.linalg.norm(moved, axis=1, keepdims=True)
+    direction = np.where(length_m > 0.1, moved / np.maximum(length_m, 0.1), 0)
+    return _Track(position_m, np.cumsum(steps_m), direction, edges)
+
+
+def _window_starts(
+    edges: Int64[np.ndarray, " D"], config: PairConfig
+) -> Int64[np.ndarray, " W"]:
+    parts = [
+        np.arange(low, high - config.num_frames + 1, config.stride)
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _candidates(
+    captures: Captures,
+    track: _Track,
+    starts: Int64[np.ndarray, " W"],
+    config: PairConfig,
+) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
+    """List (window, place of the drive in the order of drives) that may be pairs.
+
+    Drives are thinned to a capture every half of the distance, which finds the same
+    drives with a small fraction of the neighbours.
+    """
+    reach_m = config.max_mean_distance_m
+    bucket = np.floor(track.along_m / (reach_m / 2)).astype(np.int64)
+    new = np.diff(bucket, prepend=-1) != 0
+    new[track.edges[:-1]] = True
+    thin = np.flatnonzero(new)
+    tree = build_tree(track.position_m[thin])
+    near = tree.query_ball_point(track.position_m[starts], 2.5 * reach_m)
+    counts = np.fromiter(map(len, near), np.int64, len(near))
+    window = np.repeat(np.arange(len(starts)), counts)
+    capture = thin[np.concatenate([*near, []]).astype(np.int64)]
+    gap_s = np.abs(captures.time_s[starts[window]] - captures.time_s[capture])
+    other = captures.drive[starts[window]] != captures.drive[capture]
+    kept = other & (gap_s >= config.min_gap_s)
+    order = np.searchsorted(track.edges, capture[kept], "right") - 1
+    key = np.unique(window[kept] * len(track.edges) + order)
+    return key // len(track.edges), key % len(track.edges)
+
+
+def _follow(
+    track: _Track, first: Int64[np.ndarray, " W"], drive: int, config: PairConfig
+) -> tuple[Int64[np.ndarray, "W N"], Float64[np.ndarray, " W"]]:
+    """Match each capture of windows to the nearest of a drive; give mean distances."""
+    low, high = track.edges[drive], track.edges[drive + 1]
+    windows = first[:, None] + np.arange(config.num_frames)[None]
+    asked, where = np.unique(windows, return_inverse=True)
+    tree = build_tree(track.position_m[low:high])
+    distance_m, nearest = tree.query(track.position_m[asked])
+    where = where.reshape(windows.shape)
+    return low + nearest[where], distance_m[where].mean(1)
+
+
+def _fits(
+    track: _Track,
+    first: Int64[np.ndarray, " W"],
+    match: Int64[np.ndarray, "W N"],
+    config: PairConfig,
+) -> Bool[np.ndarray, " W"]:
+    """Say whether the other drive goes along: steadily, as far, and the same way."""
+    windows = first[:, None] + np.arange(config.num_frames)[None]
+    steps = np.diff(match, axis=1)
+    # Two captures back are noise of the position, more is another direction.
+    steady = (steps.min(1, initial=0) >= -2) & (match[:, -1] > match[:, 0])
+    ours_m = track.along_m[windows[:, -1]] - track.along_m[windows[:, 0]]
+    theirs_m = track.along_m[match[:, -1]] - track.along_m[match[:, 0]]
+    as_far = theirs_m <= 2 * ours_m + 2 * config.max_mean_distance_m
+    agreement = np.einsum(
+        "wni,wni->wn", track.direction[windows], track.direction[match]
+    ).mean(1)
+    same_way = agreement >= np.cos(np.deg2rad(config.max_turn_deg))
+    stop = track.edges[np.searchsorted(track.edges, match[:, 0], "right")]
+    enough = stop - match[:, 0] >= config.min_condition
+    return steady & as_far & same_way & enough
+
+
+def _hold_out(
+    captures: Captures,
+    chosen: Int32[np.ndarray, " H"],
+    start_a: Int64[np.ndarray, " P"],
+    start_b: Int64[np.ndarray, " P"],
+    config: PairConfig,
+) -> tuple[Bool[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
+    """Say which pairs are held out, and which lie wholly on one side of the line.
+
+    Held out: the window lies within held-out neighbourhoods. Training: neither the
+    window nor the captures of b that a condition may show touch them. Others go.
+    """
+    edges = drive_edges(captures.drive)
+    held = np.concatenate([[0], np.cumsum(np.isin(captures.neighbourhood, chosen))])
+    in_a = held[start_a + config.num_frames] - held[start_a]
+    stop_b = edges[np.searchsorted(edges, start_b, "right")]
+    # Conditions are at most a few captures longer than windows; twice is safe.
+    in_b = held[np.minimum(start_b + 2 * config.num_frames, stop_b)] - held[start_b]
+    held_out = in_a == config.num_frames
+    return held_out, held_out | ((in_a == 0) & (in_b == 0))
+
+
+def _why_none(
+    config: PairConfig, num_windows: int, num_candidates: int, misses: list
+) -> str:
+    tried = (
+        f"tried num_frames={config.num_frames}, "
+        f"max_mean_distance_m={config.max_mean_distance_m}, "
+        f"min_gap_s={config.min_gap_s}, max_turn_deg={config.max_turn_deg}, "
+        f"min_condition={config.min_condition}. "
+    )
+    if num_windows == 0:
+        return tried + "No drive is as long as num_frames; lower it or join drives."
+    if num_candidates == 0:
+        return tried + (
+            f"None of {num_windows} windows has a capture of another drive and time "
+            "nearby; lower min_gap_s or add drives along the same streets."
+        )
+    nearest_m = min((float(m.min()) for m in misses if len(m)), default=None)
+    if nearest_m is None:
+        return tried + (
+            f"{num_candidates} neighbouring drives go another way or end too early; "
+            "lower num_frames or min_condition, or raise max_turn_deg."
+        )
+    return tried + (
+        f"The nearest miss of {num_candidates} neighbouring drives keeps "
+        f"{nearest_m:.2f} m on average; raise max_mean_distance_m."
+    )
+
+
+def _columns() -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(Pairs) if f.name != "num_frames"]
+
+
+def save_pairs(folder: str | Path, pairs: Pairs) -> None:
+    """Write pairs.npz into a city's folder, whole or not at all."""
+    path = Path(folder) / "pairs.npz"
+    temporary = path.with_name(f".pairs-{os.getpid()}.npz")
+    np.savez(temporary, **dataclasses.asdict(pairs))
+    os.replace(temporary, path)
+
+
+def load_pairs(folder: str | Path) -> Pairs:
+    """Read a city's pairs; ValueError tells how to mine them."""
+    path = Path(folder) / "pairs.npz"
+    if not path.exists():
+        raise ValueError(
+            f"{path} is missing; mine pairs with "
+            f"tools/build_city.py --mine={Path(folder)}."
+        )
+    try:
+        with np.load(path) as stored:
+            columns = {f.name: stored[f.name] for f in _columns()}
+            return Pairs(**columns, num_frames=int(stored["num_frames"]))
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}); mine pairs again with "
+            f"tools/build_city.py --mine={Path(folder)}."
+        ) from error
