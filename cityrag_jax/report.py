@@ -1,0 +1,118 @@
+"""Pictures and tables for people: strips of videos, sheets, maps, figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+
+LABEL_HEIGHT = 18
+BACKGROUND = 255
+
+Image = UInt8[np.ndarray, "H W 3"]
+Video = UInt8[np.ndarray, "T H W 3"]
+
+
+def label(image: Image, text: str) -> UInt8[np.ndarray, "_ W 3"]:
+    """Put a line of text over a picture."""
+    line = np.full((LABEL_HEIGHT, image.shape[1], 3), BACKGROUND, np.uint8)
+    at = (2, LABEL_HEIGHT - 5)
+    cv2.putText(line, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0, 1, cv2.LINE_AA)
+    return np.concatenate([line, image])
+
+
+def strip(video: Video, count: int, *, gap: int = 2) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Lay `count` evenly spaced frames, first and last among them, side by side."""
+    chosen = np.linspace(0, len(video) - 1, count).round().astype(int)
+    frames = np.pad(
+        video[chosen],
+        ((0, 0), (0, gap), (0, gap), (0, 0)),
+        constant_values=BACKGROUND,
+    )
+    return np.concatenate(list(frames), axis=1)
+
+
+def side_by_side(
+    videos: Mapping[str, Video], *, count: int = 6
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Lay videos under each other as strips, each under its name.
+
+    A video of one frame is repeated, so that all rows are equally wide.
+    """
+    rows = [label(strip(video, count), name) for name, video in videos.items()]
+    return np.concatenate(rows)
+
+
+def sheet(
+    images: Sequence[Image], columns: int, *, gap: int = 2
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Lay pictures of one size in rows of `columns`; missing ones stay white."""
+    height, width, _ = images[0].shape
+    rows = -(-len(images) // columns)
+    shape = (rows * (height + gap), columns * (width + gap), 3)
+    canvas = np.full(shape, BACKGROUND, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def write_picture(path: Path | str, image: Image) -> Path:
+    """Write a PNG or JPEG (by the name's ending), first under another name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    if not encoded:
+        raise ValueError(f"{path}: name the picture *.png or *.jpg.")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data.tobytes())
+    temporary.replace(path)
+    return path
+
+
+def read_picture(path: Path | str) -> Image:
+    """Read a photo as RGB; raises ValueError naming a file that is no picture."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a JPEG or PNG photo.")
+    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f"{path} is not a picture that can be read; give JPEG or PNG.")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def table(rows: Mapping[str, Mapping[str, float]], title: str) -> str:
+    """Write figures as a Markdown table, one row a name, two decimals."""
+    names = list(next(iter(rows.values())))
+    lines = [
+        f"| {title} | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for row, figures in rows.items():
+        cells = " | ".join(f"{figures[name]:.2f}" for name in names)
+        lines.append(f"| {row} | {cells} |")
+    return "\n".join(lines)
+
+
+def draw_map(
+    path: Path | str,
+    drives_m: Sequence[Float[np.ndarray, "N 2"]],
+    route_m: Float[np.ndarray, "T 2"],
+    retrieved_m: Float[np.ndarray, "n 2"],
+) -> Path:
+    """Draw drives, the path and the retrieved captures, metres east and north."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(6, 6))
+    axes = figure.subplots()
+    for places in drives_m:
+        axes.plot(*places.T, color="0.8", linewidth=1)
+    axes.plot(*retrieved_m.T, ".", color="tab:blue", label="retrieved captures")
+    axes.plot(*route_m.T, color="tab:red", linewidth=2, label="path")
+    axes.set(aspect="equal", xlabel="east, m", ylabel="north, m")
+    axes.legend()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
