@@ -237,7 +237,7 @@ class _Video:
     def places(self) -> int:
         return self.frames * self.height * self.width
 
-    def resized(self, scale: float) -> "_Video":
+    def resized(self, scale: float | int) -> "_Video":
         height, width = int(self.height * scale), int(self.width * scale)
         return dataclasses.replace(self, height=height, width=width)
 

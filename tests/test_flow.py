@@ -20,7 +20,7 @@ def pair(rng):
     return jnp.asarray(data), jnp.asarray(noise)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("shift", [1.0, 3, 5.0])
 def test_shifting_keeps_the_ends_and_moves_the_median(shift):
     u = jnp.array([0.0, 0.5, 1.0])
     expected = [0, shift / (1 + shift), 1]

@@ -90,7 +90,7 @@ def test_scale_of_0_drops_the_full_pass():
 
 
 def test_nested_with_equal_scales_is_joint():
-    assert passes("nested", (2.0, 2.0)) == passes("joint", (2.0,))
+    assert passes("nested", (2, 2)) == passes("joint", (2.0,))
 
 
 def test_passes_that_a_missing_condition_makes_equal_are_merged():

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Key, UInt
 NUM_TIMESTEPS = 1000
 
 
-def shift_timesteps(u: Float[Array, " B"], shift: float) -> Float[Array, " B"]:
+def shift_timesteps(u: Float[Array, " B"], shift: float | int) -> Float[Array, " B"]:
     """Move uniform noise levels toward 1, so that large videos see enough noise.
 
     sigma = shift * u / (1 + (shift - 1) * u). Identity for shift 1; the paper uses 3
@@ -79,7 +79,9 @@ def clip_keys(key: Key[Array, ""], clip_id: UInt[Array, " B"]) -> Key[Array, " B
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, clip_id)
 
 
-def draw_noise_levels(keys: Key[Array, " B"], shift: float) -> Float32[Array, " B"]:
+def draw_noise_levels(
+    keys: Key[Array, " B"], shift: float | int
+) -> Float32[Array, " B"]:
     """Draw a noise level in [0, 1) for each clip: uniform, then shifted."""
     return shift_timesteps(jax.vmap(jax.random.uniform)(keys), shift)
 
@@ -99,7 +101,7 @@ def draw(
     key: Key[Array, ""],
     clip_id: UInt[Array, " B"],
     shape: tuple[int, ...],
-    shift: float,
+    shift: float | int,
 ) -> tuple[Float32[Array, " B"], Float32[Array, "B ..."]]:
     """Draw what a training step needs: noise levels [B] and noise [B, *shape].
 

@@ -50,7 +50,11 @@ MODES = tuple(_LADDERS)
 
 
 def passes(
-    mode: str, scales: Sequence[float] = (), *, pose: bool = True, geo: bool = True
+    mode: str,
+    scales: Sequence[float | int] = (),
+    *,
+    pose: bool = True,
+    geo: bool = True,
 ) -> tuple[WeightedPass, ...]:
     """List the passes of a guidance mode with their weights, the full pass first.
 

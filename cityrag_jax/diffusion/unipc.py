@@ -53,7 +53,7 @@ class _Carry(NamedTuple):
 
 
 def schedule(
-    num_steps: int, shift: float
+    num_steps: int, shift: float | int
 ) -> tuple[Float32[np.ndarray, " n_and_1"], Float32[np.ndarray, " n"]]:
     """Give the official sigmas [n + 1], which end in 0, and timesteps [n].
 
@@ -73,7 +73,7 @@ def schedule(
     return np.append(sigma, 0.0).astype(np.float32), timesteps
 
 
-def make_steps(num_steps: int, shift: float) -> Steps:
+def make_steps(num_steps: int, shift: float | int) -> Steps:
     """Prepare the steps of the official schedule, on the host."""
     return steps_from_sigmas(*schedule(num_steps, shift))
 
@@ -108,7 +108,7 @@ def solve(
     velocity_fn: VelocityFn,
     noise: Float[Array, "*shape"],
     num_steps: int,
-    shift: float,
+    shift: float | int,
 ) -> Float32[Array, "*shape"]:
     """Integrate noise to data by the official schedule, in one scan.
 
