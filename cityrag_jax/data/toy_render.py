@@ -31,7 +31,12 @@ from cityrag_jax.data.toy_world import Grid, Things
 WALK_STEPS = 36
 FACADES = 5
 FAR = np.float32(1e9)
-CAR, TREE, TRUNK, POST, PERSON = range(1, 6)
+TRUNK_M = 2.3
+
+# How many things of a sort each column may meet, in the order of `Seen.index`.
+CARS, PEOPLE, TREES, POSTS = 3, 2, 3, 2
+TRANSIENT = CARS + PEOPLE
+GROUND = TRANSIENT + TREES + POSTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +80,46 @@ class Walls(NamedTuple):
     face: list[Array]
 
 
-class Hit(NamedTuple):
-    """The nearest thing along each ray: distance, sort, place of its middle, hash."""
+class Near(NamedTuple):
+    """A thing near a column: metres to its middle, metres off the ray, its fields."""
 
-    s: Array
-    sort: Array
+    distance: Array
+    off: Array
     x: Array
     y: Array
+    axis: Array
     way: Array
     bits: Array
+
+
+class Seen(NamedTuple):
+    """What each sample sees: its horizontal distance, which thing, which facade.
+
+    `index` counts through `near`, then `GROUND`, then a facade, then the sky; `wall`
+    counts through `walls`. `under` marks ground beneath cars.
+    """
+
+    s: Array
+    index: Array
+    wall: Array
+    under: Array
+    near: list[Near]
+    walls: Walls
 
 
 def make_rays(
     lens: Lens, fov_deg: Array, position: Float32[Array, "B 3"], rotation: Array
 ) -> Rays:
-    """Cast a ray through every sample of a batch of cameras."""
-    rows, columns = lens.height * lens.supersample, lens.width * lens.supersample
-    u = ((np.arange(columns) + 0.5) / columns).astype(np.float32)
-    v = ((np.arange(rows) + 0.5) / rows).astype(np.float32)
+    """Cast a ray through every sample of a batch of cameras.
+
+    The k x k samples of a pixel lie in k x k pictures side by side, not next to each
+    other: their mean is then a sum of whole pictures, which vectorises.
+    """
+    k = lens.supersample
+    shift = (np.arange(k)[:, None] + 0.5) / k
+    u = (((np.arange(lens.width) + shift) / lens.width).ravel()).astype(np.float32)
+    v = (((np.arange(lens.height) + shift) / lens.height).ravel()).astype(np.float32)
+    rows, columns = len(v), len(u)
     if lens.panorama:
         azimuth = (2 * np.pi * u - np.pi)[None, :]
         elevation = (np.pi * (0.5 - v))[:, None]
@@ -199,42 +226,31 @@ def walk(grid: Grid, seed: Array, rays: Rays) -> Walls:
     return jax.lax.fori_loop(0, WALK_STEPS, step, start)[-1]
 
 
-def _columns(
-    rays: Rays, things: Things, reach: Array | float, count: int
-) -> list[tuple[Array, ...]]:
-    """Pick the `count` nearest things within `reach` metres beside each column.
+def _columns(rays: Rays, things: Things, reach_m: float, count: int) -> list[Near]:
+    """Pick the `count` nearest things within `reach_m` metres beside each column.
 
-    Returns for each: distance to its middle, metres off the ray to the left, and its
-    fields. The distance is `FAR` where there are fewer.
+    Where there are fewer, the distance is `FAR`.
     """
-    ox, oy = rays.x[:, None], rays.y[:, None]
-    gx = things.x[:, :, None, None] - ox
-    gy = things.y[:, :, None, None] - oy
+    gx = things.x[:, :, None, None] - rays.x[:, None]
+    gy = things.y[:, :, None, None] - rays.y[:, None]
     dx, dy = rays.dx[:, None], rays.dy[:, None]
     s, q = gx * dx + gy * dy, gy * dx - gx * dy
-    key = jnp.where((jnp.abs(q) < reach) & (s > 0.3) & (s < 150.0), s, FAR)
+    key = jnp.where((jnp.abs(q) < reach_m) & (s > 0.3) & (s < 150.0), s, FAR)
     order = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :, None, None]
     picked = []
     for _ in range(count):
-        best = jnp.argmin(key, axis=1).astype(jnp.int32)
         distance = jnp.min(key, axis=1)
+        first = jnp.where(key == distance[:, None], order, key.shape[1])
+        best = jnp.minimum(jnp.min(first, axis=1), key.shape[1] - 1)
         key = jnp.where(order == best[:, None], FAR, key)
         flat = best.reshape(best.shape[0], -1)
-        fields = [
+        x, y, *rest = (
             jnp.take_along_axis(part, flat, axis=1).reshape(best.shape)
             for part in things
-        ]
-        off = (fields[1] - rays.y) * rays.dx - (fields[0] - rays.x) * rays.dy
-        picked.append((distance, off, *fields))
+        )
+        off = (y - rays.y) * rays.dx - (x - rays.x) * rays.dy
+        picked.append(Near(distance, off, x, y, *rest))
     return picked
-
-
-def _keep(hit: Hit, mask: Array, s: Array, sort: int, thing: tuple) -> Hit:
-    """Take a new thing where the mask holds and it is nearer than what was hit."""
-    x, y, _, way, bits = thing
-    nearer = mask & (s < hit.s)
-    new = (s, sort, x, y, way, bits)
-    return Hit(*(jnp.where(nearer, n, old) for n, old in zip(new, hit)))
 
 
 def _slab(rays: Rays, x: Array, y: Array, hx: Array, hy: Array) -> tuple[Array, Array]:
@@ -264,185 +280,221 @@ def car_size(bits: Array) -> tuple[Array, Array, Array]:
     return half, tall, half * jnp.where(van, 0.92, 0.56)
 
 
-def _hit_cars(rays: Rays, things: Things, hit: Hit, street: Array) -> tuple[Hit, Array]:
-    """Meet the nearest cars; also say where a ground point lies under or beside one."""
-    shade = jnp.zeros(rays.slope.shape, bool)
-    for distance, _, *thing in _columns(rays, things, 2.5, 3):
-        x, y, axis, way, bits = thing
-        half, tall, cabin = car_size(bits)
-        back = -0.12 * half * way
-        along, wide = axis == 0, jnp.where(axis == 0, 0.9, 0.9)
-        hx, hy = jnp.where(along, half, wide), jnp.where(along, wide, half)
-        gone = distance >= FAR
-        enter, leave = _slab(rays, x, y, hx, hy)
-        enter, leave = jnp.where(gone, FAR, enter), jnp.where(gone, FAR, leave)
-        body = _box(rays, enter, leave, jnp.full_like(x, 0.92))
-        cx, cy = x + jnp.where(along, back, 0.0), y + jnp.where(along, 0.0, back)
-        hx, hy = jnp.where(along, cabin, 0.8), jnp.where(along, 0.8, cabin)
-        over = _box(rays, *_slab(rays, cx, cy, hx, hy), tall)
-        s = jnp.minimum(body, jnp.where(enter < FAR, over, FAR))
-        hit = _keep(hit, s < FAR, s, CAR, thing)
-        shade |= (street > enter - 0.25) & (street < leave + 0.25) & (enter < FAR)
-    return hit, shade
+def _car_footprint(rays: Rays, near: Near) -> tuple[Array, Array]:
+    """Say where a column enters and leaves the footprint of a car."""
+    half, _, _ = car_size(near.bits)
+    along = near.axis == 0
+    hx, hy = jnp.where(along, half, 0.9), jnp.where(along, 0.9, half)
+    enter, leave = _slab(rays, near.x, near.y, hx, hy)
+    gone = near.distance >= FAR
+    return jnp.where(gone, FAR, enter), jnp.where(gone, FAR, leave)
 
 
-def _hit_posts(rays: Rays, things: Things, hit: Hit, sort: int) -> Hit:
-    """Meet lamps, bins, bollards and signs, or people: outlines turned to the camera."""
-    for s, q, *thing in _columns(rays, things, 0.45, 2):
-        kind = thing[3]
-        z = rays.z + rays.slope * s
-        q = jnp.abs(q)
-        if sort == PERSON:
-            legs = (z < 0.85) & (q < 0.17)
-            coat = (z < 1.45) & (q < 0.24) & (z > 0.7)
-            head = (z > 1.4) & (q * q + (z - 1.6) ** 2 < 0.018)
-            inside = legs | coat | head
-        else:
-            lower = jnp.where(kind == 0, 0.07, jnp.where(kind == 1, 0.27, 0.05))
-            low = jnp.where(kind == 0, 5.3, jnp.where(kind == 1, 0.95, 0.9))
-            low = jnp.where(kind == 3, 2.2, low)
-            upper = jnp.where(kind == 0, 0.32, 0.3) + 0.0 * z
-            disc = (kind == 3) & (q * q + (z - 2.45) ** 2 < 0.09)
-            head = (kind == 0) & (z >= 5.3) & (z < 5.5) & (q < upper)
-            inside = ((q < lower) & (z < low)) | disc | head
-        hit = _keep(hit, inside & (s < FAR), s + 0.0 * z, sort, thing)
-    return hit
+def _meet_car(rays: Rays, near: Near) -> Array:
+    """Measure the way to a car: a low body and a shorter cabin on it."""
+    half, tall, cabin = car_size(near.bits)
+    enter, leave = _car_footprint(rays, near)
+    body = _box(rays, enter, leave, jnp.full_like(enter, 0.92))
+    back = -0.12 * half * near.way
+    along = near.axis == 0
+    x, y = near.x + jnp.where(along, back, 0.0), near.y + jnp.where(along, 0.0, back)
+    hx, hy = jnp.where(along, cabin, 0.8), jnp.where(along, 0.8, cabin)
+    inside, outside = _slab(rays, x, y, hx, hy)
+    inside = jnp.where(enter < FAR, inside, FAR)
+    outside = jnp.where(enter < FAR, outside, FAR)
+    return jnp.minimum(body, _box(rays, inside, outside, tall))
+
+
+def _meet_person(rays: Rays, near: Near) -> Array:
+    """Measure the way to a person: an outline turned to the camera."""
+    z, q = rays.z + rays.slope * near.distance, jnp.abs(near.off)
+    legs = (z < 0.85) & (q < 0.17)
+    coat = (z < 1.45) & (q < 0.24) & (z > 0.7)
+    head = (z > 1.4) & (q * q + (z - 1.6) * (z - 1.6) < 0.018)
+    return jnp.where(legs | coat | head, near.distance, FAR)
+
+
+def _meet_post(rays: Rays, near: Near) -> Array:
+    """Measure the way to a lamp, bin, bollard or sign (`way` 0 to 3), likewise."""
+    z, q, kind = rays.z + rays.slope * near.distance, jnp.abs(near.off), near.way
+    thick = jnp.where(kind == 0, 0.07, jnp.where(kind == 1, 0.27, 0.05))
+    high = jnp.where(kind == 0, 5.3, jnp.where(kind == 3, 2.2, 0.93))
+    disc = (kind == 3) & (q * q + (z - 2.45) * (z - 2.45) < 0.09)
+    head = (kind == 0) & (jnp.abs(z - 5.4) < 0.1) & (q < 0.32)
+    inside = ((q < thick) & (z < high)) | disc | head
+    return jnp.where(inside, near.distance, FAR)
 
 
 def tree_size(bits: Array) -> tuple[Array, Array, Array]:
     """Give a crown's radius, half height, and the height of its middle."""
     radius = 1.4 + 1.0 * toy_world.fraction(bits, 16)
     tall = 1.5 + 1.5 * toy_world.fraction(bits, 24)
-    return radius, tall, 2.3 + tall
+    return radius, tall, TRUNK_M + tall
 
 
-def _hit_trees(rays: Rays, things: Things, hit: Hit) -> Hit:
-    """Meet trunks and ragged ellipsoid crowns."""
-    for distance, q, *thing in _columns(rays, things, 2.4, 3):
-        bits = thing[4]
-        radius, tall, middle = tree_size(bits)
-        trunk = (jnp.abs(q) < 0.14) & (rays.z + rays.slope * distance < middle)
-        hit = _keep(
-            hit, trunk & (distance < FAR), distance + 0.0 * rays.slope, TRUNK, thing
-        )
-        m, z = rays.slope / tall, (rays.z - middle) / tall
-        a = 1.0 / (radius * radius) + m * m
-        b = distance / (radius * radius) - m * z
-        c = (distance * distance + q * q) / (radius * radius) + z * z - 1.0
-        root = b * b - a * c
-        s = (b - jnp.sqrt(jnp.maximum(root, 0.0))) / a
-        edge = root / (a * (1.0 - (q / radius) ** 2 + 1e-3))
-        px, py = rays.x + rays.dx * s, rays.y + rays.dy * s
-        pz = rays.z + rays.slope * s
-        leaf = toy_world.hashed(
-            bits, 80, *(jnp.floor(p * 3.0).astype(jnp.int32) for p in (px, py, pz))
-        )
-        ragged = edge > 0.5 * toy_world.fraction(leaf, 8)
-        solid = (root > 0.0) & (s > 0.3) & (distance < FAR) & ragged
-        hit = _keep(hit, solid, s, TREE, thing)
-    return hit
+def _meet_tree(rays: Rays, near: Near) -> Array:
+    """Measure the way to a tree: a thin trunk under a ragged ellipsoid."""
+    radius, tall, middle = tree_size(near.bits)
+    ahead, q = near.distance / radius, near.off / radius
+    m, z = rays.slope * (radius / tall), (rays.z - middle) / tall
+    a = 1.0 + m * m
+    b = ahead - m * z
+    root = b * b - a * (ahead * ahead + q * q + z * z - 1.0)
+    s = (b - jnp.sqrt(jnp.maximum(root, 0.0))) / a * radius
+    points = rays.x + rays.dx * s, rays.y + rays.dy * s, rays.z + rays.slope * s
+    leaf = toy_world.hashed(
+        near.bits, 80, *(jnp.floor(p * 3.0).astype(jnp.int32) for p in points)
+    )
+    ragged = root > 0.5 * a * (1.0 - q * q) * toy_world.fraction(leaf, 8)
+    crown = jnp.where((root > 0.0) & (s > 0.3) & ragged, s, FAR)
+    foot = rays.z + rays.slope * near.distance < TRUNK_M + 0.2
+    trunk = jnp.where((jnp.abs(near.off) < 0.14) & foot, near.distance, FAR)
+    return jnp.where(near.distance < FAR, jnp.minimum(crown, trunk), FAR)
 
 
-def _nearest_wall(rays: Rays, walls: Walls) -> tuple[Array, ...]:
-    """Choose each sample's facade: the nearest whose top is above the ray."""
-    shape = rays.slope.shape
-    chosen = tuple(jnp.broadcast_to(part[-1], shape) for part in walls)
-    chosen = (jnp.full(shape, FAR), *chosen[1:])
+def _by_index(index: Array, choices: Sequence[Array]) -> Array:
+    """Read the choice that each sample's index names; the last for any other."""
+    shape = jnp.broadcast_shapes(index.shape, choices[-1].shape)
+    value = jnp.broadcast_to(choices[-1], shape)
+    for k, choice in enumerate(choices[:-1]):
+        value = jnp.where(index == k, choice, value)
+    return value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _cast(
+    grid: Grid, lens: Lens, seed: Array, fov_deg: Array, scene: Scene,
+    position: Array, rotation: Array, time_s: Array,
+) -> tuple[Rays, Walls, list[Near]]:  # fmt: skip
+    """Cast the rays and find what stands along each column."""
+    rays = make_rays(lens, fov_deg, position, rotation)
+    place = position[:, :2]
+    near = [
+        *_columns(rays, toy_world.cars(grid, scene.seed, place, time_s), 2.6, CARS),
+        *_columns(rays, toy_world.people(grid, scene.seed, place, time_s), 0.3, PEOPLE),
+        *_columns(rays, toy_world.trees(grid, seed, place), 2.4, TREES),
+        *_columns(rays, toy_world.furniture(grid, seed, place), 0.35, POSTS),
+    ]
+    return rays, walk(grid, seed, rays), near
+
+
+@jax.jit
+def _measure(rays: Rays, walls: Walls, near: list[Near]) -> tuple[list[Array], Array]:
+    """Measure the way to each thing, the ground and the wall; name each wall."""
+    wall = jnp.full(rays.slope.shape, FACADES, jnp.int32)
     for k in reversed(range(FACADES)):
         below = rays.z + rays.slope * walls.s[k] < walls.top[k]
-        chosen = tuple(
-            jnp.where(below, part[k], old) for part, old in zip(walls, chosen)
-        )
-    return chosen
+        wall = jnp.where(below, k, wall)
+    s_wall = _by_index(wall, [*walls.s, jnp.full_like(walls.s[0], FAR)])
+    street = -rays.z / jnp.minimum(rays.slope, -1e-6)
+    street = jnp.where(rays.slope < -1e-6, street, FAR)
+    meet = [_meet_car] * CARS + [_meet_person] * PEOPLE
+    meet += [_meet_tree] * TREES + [_meet_post] * POSTS
+    ways = [measure(rays, thing) for measure, thing in zip(meet, near, strict=True)]
+    return [*ways, street, s_wall], wall
 
 
-def _shade(
-    grid: Grid, seed: Array, light: Light, haze: Array, rays: Rays, time_s: Array,
-    walls: Walls, nearby: tuple[Things, ...],
-) -> tuple[tuple[Array, ...], Array, Array]:  # fmt: skip
-    """Colour every sample; return linear colours, horizontal distance, transients."""
-    s_wall, top, u, width, wall_bits, face = _nearest_wall(rays, walls)
-    street = jnp.where(
-        rays.slope < -1e-6, -rays.z / jnp.minimum(rays.slope, -1e-6), FAR
+@jax.jit
+def _first(rays: Rays, near: list[Near], ways: list[Array]) -> tuple[Array, ...]:
+    """Choose what each sample sees first: distance, index, whether under a car."""
+    s = functools.reduce(jnp.minimum, ways)
+    index = jnp.full(s.shape, len(ways), jnp.int32)
+    for k in reversed(range(len(ways))):
+        index = jnp.where((ways[k] == s) & (s < FAR), k, index)
+    feet = [_car_footprint(rays, car) for car in near[:CARS]]
+    under = [(s > a - 0.25) & (s < b + 0.25) & (a < FAR) for a, b in feet]
+    return s, index, functools.reduce(jnp.logical_or, under) & (index == GROUND)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def shade(
+    grid: Grid, seed: Array, scene: Scene, rays: Rays, time_s: Array, seen: Seen
+) -> Array:
+    """Colour every sample; return packed colours."""
+    light = _light(scene)
+    haze_per_m = scene.haze_per_m[:, None, None]
+    s = jnp.minimum(seen.s, 1e4)
+    x, y, z = rays.x + rays.dx * s, rays.y + rays.dy * s, rays.z + rays.slope * s
+    index = seen.index
+    surface, facing = _shade_wall(seen, z, s, light)
+    on_ground = index == GROUND
+    road = toy_shade.ground(grid.block_m, seed, x, y, s, light)
+    surface = _choose(on_ground, road, surface)
+    facing = jnp.where(on_ground, light.sun[2], facing)
+    surface, facing, ambient = _shade_things(
+        rays, seen, (x, y, z), s, light, surface, facing
     )
-    none = jnp.zeros(rays.slope.shape, jnp.int32)
-    hit = Hit(
-        jnp.minimum(s_wall, street), none, 0.0 * rays.slope, 0.0 * rays.slope, none,
-        none.astype(jnp.uint32),
-    )  # fmt: skip
-    parked, trees, posts, walkers = nearby
-    hit = _hit_trees(rays, trees, hit)
-    hit = _hit_posts(rays, posts, hit, POST)
-    hit, under = _hit_cars(rays, parked, hit, street)
-    hit = _hit_posts(rays, walkers, hit, PERSON)
-    s = hit.s
-    open_sky = s >= FAR
-    sort = hit.sort
-    is_ground = (sort == 0) & (street < s_wall)
-    under &= is_ground
-    s_near = jnp.minimum(s, 1e4)
-    x, y, z = (
-        rays.x + rays.dx * s_near,
-        rays.y + rays.dy * s_near,
-        rays.z + rays.slope * s_near,
-    )
-    blank = face > 4
-    face = jnp.where(blank, face - 8, face)
-    surface = toy_shade.facade(wall_bits, u, z, width, top, blank, s_near, light)
-    sun = light.sun
-    toward = jnp.where(
-        jnp.abs(face) == 1, -jnp.sign(face) * sun[0], -jnp.sign(face) * sun[1]
-    )
-    road = toy_shade.ground(grid.block_m, seed, x, y, s_near, light)
-    surface = _choose(is_ground, road, surface)
-    facing = jnp.where(is_ground, sun[2], jnp.maximum(toward, 0.0))
-    gx, gy = x - hit.x, y - hit.y
-    off = gy * rays.dx - gx * rays.dy
-    axis_y = jnp.abs(hit.way) == 2
-    sign = jnp.sign(hit.way)
-    lx, ly = jnp.where(axis_y, gy, gx) * sign, jnp.where(axis_y, gx, gy) * sign
-    half, tall, _ = car_size(hit.bits)
-    surface = _choose(
-        sort == CAR, toy_shade.car(hit.bits, lx, ly, z, half, tall), surface
-    )
-    flat_top = (jnp.abs(z - tall) < 0.02) | (jnp.abs(z - 0.92) < 0.015)
-    length_sun = jnp.where(axis_y, sun[1], sun[0]) * jnp.sign(lx) * sign
-    width_sun = jnp.where(axis_y, sun[0], sun[1]) * jnp.sign(ly) * sign
-    side_sun = jnp.where(jnp.abs(ly) > 0.79, width_sun, length_sun)
-    car_sun = jnp.where(flat_top, sun[2], jnp.maximum(side_sun, 0.0))
-    surface = _choose(
-        (sort == TREE) | (sort == TRUNK),
-        toy_shade.tree(hit.bits, x, y, z, sort == TREE, s_near),
-        surface,
-    )
-    radius, high, middle = tree_size(hit.bits)
-    ball = (gx * sun[0] + gy * sun[1]) / radius + (z - middle) / high * sun[2]
-    surface = _choose(sort == POST, toy_shade.post(hit.way, hit.bits, off, z), surface)
-    surface = _choose(sort == PERSON, toy_shade.person(hit.bits, off, z), surface)
-    facing = jnp.where(sort == CAR, car_sun, facing)
-    facing = jnp.where(sort == TREE, jnp.clip(0.45 + 0.55 * ball, 0.0, 1.0), facing)
-    facing = jnp.where(sort > TREE, 0.5, facing)
-    facing = facing * toy_world.sunlit(grid, seed, x, y, z, sun)
-    sky_light = jnp.where(under, 0.35, jnp.where(sort == TREE, 0.75 + 0.25 * ball, 1.0))
-    sky_light = sky_light * (0.72 + 0.28 * jnp.clip(z * 0.12, 0.0, 1.0))
-    lit = tuple(
-        c * (a * sky_light + b * facing) + g
+    facing = facing * toy_world.sunlit(grid, seed, x, y, z, light.sun)
+    ambient = ambient * (0.72 + 0.28 * jnp.clip(z * 0.12, 0.0, 1.0))
+    color = tuple(
+        c * (a * ambient + b * facing) + g
         for c, a, b, g in zip(
-            surface.albedo, light.ambient_rgb, light.sun_rgb, surface.glow
+            surface.albedo, light.ambient_rgb, light.sun_rgb, surface.glow, strict=True
         )
     )
-    grazing = jnp.where(is_ground, 1.0 / (1.0 + 2.5 * jnp.abs(rays.slope)), 0.8)
-    mirror = surface.mirror * grazing
-    rise = jnp.abs(rays.slope) * jnp.maximum(walls.s[0] - s_near, 0.0)
-    dark = is_ground & (rise < walls.top[0])
+    grazing = jnp.where(on_ground, 1.0 / (1.0 + 2.5 * jnp.abs(rays.slope)), 0.8)
+    rise = jnp.abs(rays.slope) * jnp.maximum(seen.walls.s[0] - s, 0.0)
+    dark = on_ground & (rise < seen.walls.top[0])
     shown = mix(light.horizon_rgb, light.zenith_rgb, np.float32(0.4))
-    lit = mix(lit, scale(shown, jnp.where(dark, 0.35, 1.0)), mirror)
-    air = 1.0 - jnp.exp(-haze * s_near)
-    lit = mix(lit, light.horizon_rgb, air)
+    shown = scale(shown, jnp.where(dark, 0.35, 1.0))
+    color = mix(color, shown, surface.mirror * grazing)
+    color = mix(color, light.horizon_rgb, 1.0 - jnp.exp(-haze_per_m * s))
     above = toy_shade.sky(rays.dx, rays.dy, rays.slope, time_s[:, None, None], light)
     above = _skyline(seed, rays, light, above)
-    color = pick(open_sky, above, lit)
-    return color, s, (sort == CAR) | (sort == PERSON) | under
+    return toy_shade.pack(pick(seen.s >= FAR, above, color))
+
+
+def _shade_wall(
+    seen: Seen, z: Array, s: Array, light: Light
+) -> tuple[toy_shade.Surface, Array]:
+    """Paint each sample's facade and say how much it faces the sun."""
+    top, u, width, bits, face = (_by_index(seen.wall, part) for part in seen.walls[1:])
+    blank = face > 4
+    face = jnp.where(blank, face - 8, face)
+    along = jnp.where(jnp.abs(face) == 1, light.sun[0], light.sun[1])
+    facing = jnp.maximum(-jnp.sign(face).astype(jnp.float32) * along, 0.0)
+    return toy_shade.facade(bits, u, z, width, top, blank, s, light), facing
+
+
+def _shade_things(
+    rays: Rays, seen: Seen, point: tuple[Array, Array, Array], s: Array, light: Light,
+    surface: toy_shade.Surface, facing: Array,
+) -> tuple[toy_shade.Surface, Array, Array]:  # fmt: skip
+    """Paint cars, people, trees and posts over walls and ground.
+
+    Returns the surface, how much it faces the sun, and how much sky it sees.
+    """
+    x, y, z = point
+    index, sun = seen.index, light.sun
+    gx = x - _by_index(index, [near.x for near in seen.near])
+    gy = y - _by_index(index, [near.y for near in seen.near])
+    bits = _by_index(index, [near.bits for near in seen.near])
+    way = _by_index(index, [near.way for near in seen.near])
+    off = gx * rays.dy - gy * rays.dx
+    is_car, is_person = index < CARS, (index >= CARS) & (index < TRANSIENT)
+    is_tree = (index >= TRANSIENT) & (index < TRANSIENT + TREES)
+    is_post = (index >= TRANSIENT + TREES) & (index < GROUND)
+    runs_y = _by_index(index, [near.axis for near in seen.near[:CARS]]) == 1
+    lx = jnp.where(runs_y, gy, gx) * way
+    ly = jnp.where(runs_y, gx, gy) * way
+    half, tall, _ = car_size(bits)
+    surface = _choose(is_car, toy_shade.car(bits, lx, ly, z, half, tall), surface)
+    on_top = (jnp.abs(z - tall) < 0.02) | (jnp.abs(z - 0.92) < 0.015)
+    beside = jnp.abs(ly) > 0.79
+    across = jnp.where(beside == runs_y, sun[0], sun[1])
+    outward = jnp.sign(jnp.where(beside, ly, lx)) * way
+    car_sun = jnp.where(on_top, sun[2], jnp.maximum(across * outward, 0.0))
+    crown = is_tree & (z > TRUNK_M)
+    surface = _choose(is_tree, toy_shade.tree(bits, x, y, z, crown, s), surface)
+    radius, high, middle = tree_size(bits)
+    ball = (gx * sun[0] + gy * sun[1]) / radius + (z - middle) / high * sun[2]
+    surface = _choose(is_post, toy_shade.post(way, bits, off, z), surface)
+    surface = _choose(is_person, toy_shade.person(bits, off, z), surface)
+    facing = jnp.where(index < GROUND, 0.5, facing)
+    facing = jnp.where(is_car, car_sun, facing)
+    facing = jnp.where(crown, jnp.clip(0.45 + 0.55 * ball, 0.0, 1.0), facing)
+    ambient = jnp.where(crown, 0.75 + 0.25 * ball, 1.0)
+    return surface, facing, jnp.where(seen.under, 0.35, ambient)
 
 
 def _skyline(seed: Array, rays: Rays, light: Light, above: tuple) -> tuple:
@@ -463,59 +515,68 @@ def _choose(
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _resolve(
-    lens: Lens, light_tint: Array, color: tuple, s: Array, slope: Array, moving: Array
+    lens: Lens, tint: Array, packed: Array, seen: Seen, slope: Array
 ) -> tuple[Array, Array, Array]:
     """Average the samples of each pixel; depth is the nearest surface's mean."""
     k, h, w = lens.supersample, lens.height, lens.width
 
-    def samples(v: Array) -> Array:
-        return v.reshape(v.shape[0], h, k, w, k)
+    def samples(v: Array) -> list[Array]:
+        return [
+            v[:, r * h : (r + 1) * h, c * w : (c + 1) * w]
+            for r in range(k)
+            for c in range(k)
+        ]
 
-    depth = samples(jnp.where(s < FAR, s * jnp.sqrt(1.0 + slope * slope), jnp.inf))
-    nearest = jnp.min(depth, axis=(2, 4), keepdims=True)
-    close = depth <= 1.05 * nearest
-    total = jnp.sum(jnp.where(close, 1.0 / depth, 0.0), axis=(2, 4))
-    depth = jnp.sum(close, axis=(2, 4)) / total
-    depth = jnp.where(jnp.isfinite(nearest[:, :, 0, :, 0]), depth, jnp.inf)
-    mean = [
-        jnp.mean(jnp.minimum(samples(c), 1.0), axis=(2, 4))
-        * light_tint[:, n, None, None]
-        for n, c in enumerate(color)
+    s = seen.s
+    inverse = jnp.where(s < FAR, 1.0 / (s * jnp.sqrt(1.0 + slope * slope)), 0.0)
+    moving = (seen.index < TRANSIENT) | seen.under
+    inverses = samples(inverse)
+    nearest = functools.reduce(jnp.maximum, inverses)
+    kept = [(v >= nearest / 1.05).astype(jnp.float32) for v in inverses]
+    total = sum(v * keep for v, keep in zip(inverses, kept, strict=True))
+    depth = jnp.where(nearest > 0.0, sum(kept) / jnp.maximum(total, 1e-9), jnp.inf)
+    colors = [toy_shade.unpack(v) for v in samples(packed)]
+    mean = [sum(part) / len(colors) for part in zip(*colors, strict=True)]
+    rgb = [
+        jnp.sqrt(jnp.clip(c * tint[:, n, None, None], 0.0, 1.0)) * 255.0 + 0.5
+        for n, c in enumerate(mean)
     ]
-    rgb = jnp.sqrt(jnp.clip(jnp.stack(mean, axis=-1), 0.0, 1.0))
-    moving = jnp.any(samples(moving), axis=(2, 4))
-    return jnp.round(rgb * 255.0).astype(jnp.uint8), depth, moving
+    rgb = jnp.stack([c.astype(jnp.uint8) for c in rgb], axis=-1)
+    return rgb, depth, functools.reduce(jnp.logical_or, samples(moving))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _light(scene: Scene) -> Light:
+    """Spread a batch of scenes over pictures."""
+
+    def spread(v: Array) -> tuple[Array, Array, Array]:
+        return v[:, 0, None, None], v[:, 1, None, None], v[:, 2, None, None]
+
+    return Light(
+        *(spread(v) for v in (scene.sun, scene.sun_rgb, scene.ambient_rgb)),
+        *(spread(v) for v in (scene.zenith_rgb, scene.horizon_rgb)),
+        *(v[:, None, None] for v in (scene.clouds, scene.wet, scene.lamps, scene.seed)),
+    )
+
+
 def render_on_device(
     grid: Grid, lens: Lens, seed: Array, fov_deg: Array, scene: Scene, position: Array,
     rotation: Array, time_s: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Render one batch; `scene` has a leading axis B, `time_s` counts from its start."""
-    rays = make_rays(lens, fov_deg, position, rotation)
-    split = lambda v: tuple(v[:, n, None, None] for n in range(3))  # noqa: E731
-    light = Light(
-        *(split(v) for v in (scene.sun, scene.sun_rgb, scene.ambient_rgb)),
-        *(split(v) for v in (scene.zenith_rgb, scene.horizon_rgb)),
-        *(v[:, None, None] for v in (scene.clouds, scene.wet, scene.lamps, scene.seed)),
+    """Render one batch; `scene` has a leading axis B, `time_s` counts from its start.
+
+    Five compiled stages and not one: inside one, XLA on CPUs computes a stage anew for
+    each of its readers, which costs twenty times as much. Do not wrap it in jax.jit.
+    """
+    rays, walls, near = _cast(
+        grid, lens, seed, fov_deg, scene, position, rotation, time_s
     )
-    place = position[:, :2]
-    nearby = (
-        toy_world.cars(grid, scene.seed, place, time_s),
-        toy_world.trees(grid, seed, place),
-        toy_world.furniture(grid, seed, place),
-        toy_world.people(grid, scene.seed, place, time_s),
-    )
-    # A car's street and direction travel as one number: +-1 along x, +-2 along y.
-    parked = nearby[0]
-    nearby = (parked._replace(way=parked.way * (1 + parked.axis)), *nearby[1:])
-    walls = walk(grid, seed, rays)
-    color, s, moving = _shade(
-        grid, seed, light, scene.haze_per_m[:, None, None], rays, time_s, walls, nearby
-    )
-    return _resolve(lens, scene.tint_rgb, color, s, rays.slope, moving)
+    ways, wall = _measure(rays, walls, near)
+    s, index, under = _first(rays, near, ways)
+    seen = Seen(s, index, wall, under, near, walls)
+    color = shade(grid, seed, scene, rays, time_s, seen)
+    return _resolve(lens, scene.tint_rgb, color, seen, rays.slope)
 
 
 def render_panoramas(

@@ -72,6 +72,33 @@ def paint(warm: Array, light: Array, cool: Array) -> Color:
     return jnp.where(cool, blue, red), green, jnp.where(cool, red, blue)
 
 
+def pack(color: Color) -> Array:
+    """Put a colour into 32 bits, by its square roots: one array is computed once."""
+    r, g, b = (jnp.sqrt(jnp.clip(c, 0.0, 1.0)) for c in color)
+    parts = ((r * 2047.0, 21), (g * 2047.0, 10), (b * 1023.0, 0))
+    return sum(
+        (v + 0.5).astype(jnp.int32).astype(jnp.uint32) << np.uint32(shift)
+        for v, shift in parts
+    )
+
+
+def unpack(packed: Array) -> Color:
+    """Take a colour out of `pack`."""
+    parts = ((21, 2047), (10, 2047), (0, 1023))
+    roots = (
+        ((packed >> np.uint32(shift)) & np.uint32(top)).astype(jnp.int32)
+        * np.float32(1 / top)
+        for shift, top in parts
+    )
+    return tuple(root * root for root in roots)
+
+
+def wave(x: Array) -> Array:
+    """Swing like sin(2 pi x), by parabolas."""
+    t = 2.0 * (x - jnp.floor(x)) - 1.0
+    return 4.0 * t * (jnp.abs(t) - 1.0)
+
+
 def facade(
     bits: Array, u: Array, z: Array, width: Array, top: Array, blank: Array, s: Array,
     light: Light,
@@ -308,16 +335,16 @@ def _marks(
 
 def sky(dx: Array, dy: Array, m: Array, time_s: Array, light: Light) -> Color:
     """Paint the sky in a horizontal direction at slope m: gradient, clouds, the sun."""
-    size = jax_rsqrt(1.0 + m * m)
+    size = 1.0 / jnp.sqrt(1.0 + m * m)
     up = jnp.clip(m * size, 0.0, 1.0)
     color = mix(light.horizon_rgb, light.zenith_rgb, jnp.sqrt(up) * (1.6 - 0.6 * up))
     reach = 1.4 / (jnp.maximum(m, 0.0) + 0.15)
     phase = (light.seed & np.uint32(1023)).astype(jnp.float32) + 0.004 * time_s
     px, py = dx * reach + phase, dy * reach + 0.7 * phase
-    swirl = jnp.sin(1.3 * px + 1.7 * jnp.sin(0.9 * py)) + jnp.sin(1.9 * py - 1.1 * px)
-    swirl = (
-        swirl + 0.5 * jnp.sin(3.7 * px + 2.0 * swirl) + 0.3 * jnp.sin(7.1 * py + swirl)
-    )
+    px, py = px * 0.16, py * 0.16
+    swirl = wave(1.3 * px + 0.27 * wave(0.9 * py)) + wave(1.9 * py - 1.1 * px)
+    swirl = swirl + 0.5 * wave(3.7 * px + 0.32 * swirl)
+    swirl = swirl + 0.3 * wave(7.1 * py + 0.16 * swirl)
     cover = jnp.clip(1.1 * swirl - 1.6 + 3.6 * light.clouds, 0.0, 1.0)
     white = tuple(
         0.75 * a + 0.5 * b + 0.25 * h
@@ -333,11 +360,6 @@ def sky(dx: Array, dy: Array, m: Array, time_s: Array, light: Light) -> Color:
     disc = (toward > 0.9992) * 6.0 * (1.0 - cover)
     halo = 0.35 * halo * halo + disc
     return tuple(c + b * halo for c, b in zip(color, light.sun_rgb))
-
-
-def jax_rsqrt(x: Array) -> Array:
-    """Give 1 / sqrt(x)."""
-    return 1.0 / jnp.sqrt(x)
 
 
 def car(
