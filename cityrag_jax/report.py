@@ -58,30 +58,6 @@ def sheet(
     return canvas
 
 
-def write_picture(path: Path | str, image: Image) -> Path:
-    """Write a PNG or JPEG (by the name's ending), first under another name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoded, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    if not encoded:
-        raise ValueError(f"{path}: name the picture *.png or *.jpg.")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data.tobytes())
-    temporary.replace(path)
-    return path
-
-
-def read_picture(path: Path | str) -> Image:
-    """Read a photo as RGB; raises ValueError naming a file that is no picture."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a JPEG or PNG photo.")
-    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{path} is not a picture that can be read; give JPEG or PNG.")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
 def table(rows: Mapping[str, Mapping[str, float]], title: str) -> str:
     """Write figures as a Markdown table, one row a name, two decimals."""
     names = list(next(iter(rows.values())))

@@ -1,9 +1,9 @@
 """Pictures keep their pixels, tables their figures."""
 
 import numpy as np
-import pytest
 
 from cityrag_jax import report
+from cityrag_jax.data.video import read_image
 
 
 def test_strips_show_first_and_last_frame(rng):
@@ -22,21 +22,6 @@ def test_side_by_side_repeats_a_single_picture(rng):
     np.testing.assert_array_equal(made[18:34, :24], made[18:34, 26:50])
 
 
-def test_pictures_survive_the_disk(tmp_path, rng):
-    image = rng.integers(0, 255, (8, 10, 3), dtype=np.uint8)
-    path = report.write_picture(tmp_path / "new" / "a.png", image)
-    np.testing.assert_array_equal(report.read_picture(path), image)
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
-
-
-def test_a_file_that_is_no_picture_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.jpg does not exist"):
-        report.read_picture(tmp_path / "nowhere.jpg")
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="broken.jpg is not a picture"):
-        report.read_picture(tmp_path / "broken.jpg")
-
-
 def test_tables_are_markdown():
     made = report.table({"a": {"PSNR": 18.888}, "b": {"PSNR": 1.0}}, "mode")
     assert made.splitlines() == [
@@ -53,4 +38,4 @@ def test_sheets_fill_rows_and_maps_are_written(tmp_path, rng):
     assert made.shape == (12, 16, 3) and (made[6:, 8:] == 255).all()
     route = rng.normal(size=(5, 2))
     path = report.draw_map(tmp_path / "map.png", [route], route, route)
-    assert report.read_picture(path).shape == (600, 600, 3)
+    assert read_image(path).shape == (600, 600, 3)
