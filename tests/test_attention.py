@@ -9,6 +9,7 @@ from flax import nnx
 from cityrag_jax.model.attention import (
     ImageTextAttention,
     RotaryAttention,
+    _plain,
     attend,
 )
 from cityrag_jax.model.layers import rotary_angles
@@ -98,3 +99,27 @@ def test_kernel_of_each_platform_is_chosen_when_traced(monkeypatch):
     attend(*[x.astype(jnp.bfloat16)] * 3, jnp.array([3]))
     assert seen[0]["implementation"] == "cudnn"
     assert "mask" not in seen[0] and seen[0]["key_value_seq_lengths"].shape == (1,)
+
+
+def test_odd_counts_are_padded_for_cudnn_and_masked(monkeypatch, rng):
+    """cuDNN trains even counts only; Wan has 257 image rows, the toy one text row."""
+    kernel = jax.nn.dot_product_attention
+
+    def exact(q, k, v, *, key_value_seq_lengths, implementation):
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0 and implementation == "cudnn"
+        lengths = key_value_seq_lengths
+        return kernel(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+
+    monkeypatch.setattr("cityrag_jax.parallel.platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", exact)
+    for queries, keys in ((5, 7), (4, 1), (3, 4)):
+        q, k, v = (
+            jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.bfloat16)
+            for n in (queries, keys, keys)
+        )
+        expected = _plain(q, k, v, None)
+        np.testing.assert_allclose(
+            attend(q, k, v).astype(jnp.float32),
+            expected.astype(jnp.float32),
+            atol=0.02,  # bfloat16 has eight bits
+        )

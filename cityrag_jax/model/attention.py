@@ -28,9 +28,7 @@ def attend(
     """softmax(q k^T / sqrt(K)) v over the first `kv_length` (at least 1) keys."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if parallel.platform() == "gpu" and half:
-        return jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn"
-        )
+        return _cudnn(q, k, v, kv_length)
     if parallel.platform() == "tpu":
         return _splash(q, k, v, kv_length)
     return _plain(q, k, v, kv_length)
@@ -44,6 +42,22 @@ def _plain(q, k, v, kv_length):
         logits = jnp.where(real[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("BNLS,BSNK->BLNK", weights, v)
+
+
+def _cudnn(q, k, v, kv_length):
+    """Make both counts even, as cuDNN's backward pass wants them (257 image rows)."""
+    queries, keys = q.shape[1], k.shape[1]
+    if keys % 2:
+        kv_length = (
+            jnp.full(len(k), keys, jnp.int32) if kv_length is None else kv_length
+        )
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v)
+    )
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn"
+    )
+    return out[:, :queries]
 
 
 def _splash(q, k, v, kv_length):
