@@ -149,6 +149,23 @@ def abstract_model(
     return nnx.eval_shape(lambda: build_model(description, nnx.Rngs(0), dtype))
 
 
+def new_model(description: Description, seed: int) -> nnx.Module:
+    """Build the described module, drawn under jit: much faster than op by op."""
+    values = draw_parameters(description, seed)
+    return with_parameters(abstract_model(description), values)
+
+
+def draw_parameters(
+    description: Description, seed: int, shardings: Mapping[str, Sharding] | None = None
+) -> Arrays:
+    """Draw the parameters of a new module, each onto its shards."""
+
+    def draw():
+        return parameters(build_model(description, nnx.Rngs(seed)))
+
+    return jax.jit(draw, out_shardings=shardings and dict(shardings))()
+
+
 def _class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 

@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cityrag_jax.checkpoint import (
     Bundle,
     TrainingCheckpoints,
     abstract_model,
-    build_model,
     describe,
     latest_model,
     load_bundle,
     load_model,
+    new_model,
     parameters,
     save_bundle,
     save_model,
@@ -47,7 +46,7 @@ DESCRIPTION = describe(
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(DESCRIPTION, nnx.Rngs(3))
+    return new_model(DESCRIPTION, seed=3)
 
 
 def _assert_equal(a, b):

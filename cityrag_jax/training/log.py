@@ -1,0 +1,78 @@
+"""What a person sees of a training, and what is kept of it.
+
+A progress bar with loss, speed and time left; `metrics.jsonl` in the workdir, one line
+for each report; TensorBoard files if asked for.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import tqdm
+
+
+class TrainingLog:
+    """Reports of one process; a resumed training goes on in the same files."""
+
+    def __init__(
+        self, workdir: Path, first_step: int, last_step: int, *, tensorboard: bool
+    ):
+        self._path = Path(workdir) / "metrics.jsonl"
+        _forget_after(self._path, first_step)
+        self._file = self._path.open("a")
+        self._bar = tqdm.tqdm(
+            total=last_step, initial=first_step, unit="step", dynamic_ncols=True
+        )
+        self._writer = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(workdir))
+        self._step, self._time = first_step, time.monotonic()
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the numbers of a step, with the speed since the last report."""
+        now = time.monotonic()
+        speed = (step - self._step) / max(now - self._time, 1e-9)
+        self._bar.update(step - self._bar.n)
+        shown = {k: f"{metrics[k]:.4f}" for k in ("loss", "held_out") if k in metrics}
+        self._bar.set_postfix(shown)
+        self._step, self._time = step, now
+        self.write(step, {**metrics, "steps_per_second": speed})
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write numbers without moving the bar."""
+        numbers = {k: float(v) for k, v in metrics.items()}
+        line = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(text)
+
+    def close(self) -> None:
+        """Close bar and files."""
+        self._bar.close()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(workdir: Path | str) -> list[dict[str, float | str]]:
+    """Read all lines of `metrics.jsonl`, oldest first."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop reports behind the checkpoint that a training goes on from."""
+    if path.exists():
+        kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,365 @@
+"""What is learned: the transformer's velocities, or the autoencoder's reconstructions.
+
+A task says which module is trained, turns clips into examples on the device (once, with
+whatever is frozen), and measures the loss of examples. Random draws depend on seed,
+step and clip alone, never on the mesh or on the order within a batch.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Int32
+from ml_collections import ConfigDict
+
+from cityrag_jax.batch import Clip, Conditions
+from cityrag_jax.checkpoint import (
+    Bundle,
+    Description,
+    abstract_model,
+    describe,
+    draw_parameters,
+    latest_model,
+    parameters,
+    read_config,
+    with_parameters,
+)
+from cityrag_jax.diffusion import flow
+from cityrag_jax.encode import encode_conditions, encode_target, to_unit
+from cityrag_jax.model.dit import DiTConfig, WanDiT
+from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
+from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
+from cityrag_jax.model.vae import VAEConfig, WanVAE
+
+Params = dict[str, Array]
+Examples = dict[str, Array]  # every array has a leading clip axis
+
+MASK_CHANNELS = 4
+
+
+class Task(abc.ABC):
+    """One way to train one module, whose name in a bundle is `part`.
+
+    `base` is what the training does not change but a model needs.
+    """
+
+    part: str
+    base: Bundle
+
+    def __init__(self, config: ConfigDict, start: Bundle | None):
+        self.description = describe_model(config)
+        self.seed = config.seed
+        self._start = start
+        self._abstract = abstract_model(self.description)
+
+    def initial_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
+        """Give the parameters to start from, drawn or copied onto their shards."""
+        fresh = draw_parameters(self.description, self.seed, shardings)
+        if self._start is None or self.part not in self._start.modules:
+            return fresh
+        given = parameters(self._start.modules[self.part])
+        _check_start(given, fresh, self._start.origin)
+        return jax.device_put(self._continue(fresh, given), dict(shardings))
+
+    def _continue(self, fresh: Params, given: Params) -> Params:
+        return fresh | given
+
+    @abc.abstractmethod
+    def encode(self, clip: Clip) -> Examples:
+        """Turn a batch of clips into examples on the device."""
+
+    @abc.abstractmethod
+    def loss(
+        self, params: Params, examples: Examples, step: Int32[Array, ""]
+    ) -> tuple[Array, dict[str, Array]]:
+        """Measure the training loss of a batch, with what else to report."""
+
+    @abc.abstractmethod
+    def held_out_loss(self, params: Params, examples: Examples) -> Array:
+        """Measure examples with the same noise and times at every call."""
+
+    def finish(self, params: Params, examples: Iterable[Examples]) -> Bundle:
+        """Give the trained model with everything that is needed to use it."""
+        model = with_parameters(abstract_model(self.description), params)
+        return dataclasses.replace(
+            self.base,
+            modules=self.base.modules | {self.part: model},
+            descriptions=self.base.descriptions | {self.part: self.description},
+        )
+
+
+def make_task(config: ConfigDict, start: Bundle | None) -> Task:
+    """Build the config's task; `start` is the model of `train.init_from`, if any."""
+    tasks = {"CityRAG": CityRAG, "VAEReconstruction": VAEReconstruction}
+    if config.task not in tasks:
+        raise ValueError(f"config.task is {config.task!r}; choose of {sorted(tasks)}.")
+    return tasks[config.task](config, start)
+
+
+def describe_model(config: ConfigDict) -> Description:
+    """Describe the module that a config trains, without building it."""
+    model = config.model
+    if config.task == "VAEReconstruction":
+        plain = dict(
+            latent_mean=(0.0,) * model.autoencoder.z_dim,
+            latent_std=(1.0,) * model.autoencoder.z_dim,
+        )
+        return describe(WanVAE, VAEConfig(**model.autoencoder, **plain))
+    sizes = dict(model.transformer)
+    if model.preset:
+        transformer = getattr(DiTConfig, model.preset)(**sizes)
+    else:
+        transformer = DiTConfig(**sizes)
+    branches = (
+        (TrajectoryEncoder, dict(model.pose)),
+        (GeoBranch, dict(model.geo)),
+    )
+    return describe(WanDiT, transformer, branches)
+
+
+class CityRAG(Task):
+    """Velocities of noisy latents under the first image, poses and retrieved video.
+
+    Rectified flow with shifted noise levels; pose and geo condition are each dropped
+    with `drop_probability`, independently (section 3.3).
+    """
+
+    part = "transformer"
+
+    def __init__(self, config: ConfigDict, start: Bundle | None):
+        super().__init__(config, start)
+        self.shift = config.train.shift
+        self.drop = config.train.drop_probability
+        self.draws = config.eval.draws
+        self.eval_seed = config.eval.seed
+        self._transformer = read_config(self.description)
+        vae, vae_description = _find_vae(config.model.vae, start)
+        self._check(vae)
+        self._text = _find_text(config.model.text, self._transformer, start)
+        self.base = Bundle(
+            {"vae": vae},
+            {"vae": vae_description, self.part: self.description},
+            self._text,
+        )
+        self._vae, self._vae_params = vae, parameters(vae)
+        self._encode = jax.jit(self._encode_with)
+
+    def _check(self, vae: WanVAE) -> None:
+        z, config = vae.config.z_dim, self._transformer
+        wanted = z + MASK_CHANNELS + z
+        if (config.in_channels, config.out_channels) != (wanted, z):
+            raise ValueError(
+                f"The transformer has {config.in_channels} channels in and "
+                f"{config.out_channels} out; with an autoencoder of {z} channels it "
+                f"needs {wanted} (noise, mask, first image) and {z}."
+            )
+        if config.image_dim is not None:
+            raise ValueError(
+                f"model.transformer.image_dim is {config.image_dim}, but training does "
+                "not compute CLIP features yet; set it to None."
+            )
+
+    def _continue(self, fresh, given):
+        """Go on with a whole model, or begin the branches of a base without them."""
+        model = with_parameters(self._abstract, fresh | given)
+        if not any(name.startswith("branches.") for name in given):
+            for branch in model.branches:
+                if isinstance(branch, GeoBranch):
+                    copy_from_base(branch, model)
+        return parameters(model)
+
+    def encode(self, clip: Clip) -> Examples:
+        """Encode target, first image and condition video with the frozen VAE."""
+        return self._encode(self._vae_params, clip)
+
+    def _encode_with(self, vae_params: Params, clip: Clip) -> Examples:
+        vae = with_parameters(self._vae, vae_params)
+        conditions = encode_conditions(vae, clip, self._text)
+        return {
+            "latents": encode_target(vae, clip),
+            "first_frame": conditions.first_frame,
+            "geo_latents": conditions.geo_latents,
+            "geo_length": conditions.geo_length,
+            "poses": conditions.poses,
+            "clip_id": jnp.asarray(clip.clip_id),
+        }
+
+    def loss(self, params, examples, step):
+        """Flow-matching loss at one noise level for each clip."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        flow_key, drop_key = jax.random.split(key)
+        drop_keys = flow.clip_keys(drop_key, examples["clip_id"])
+        dropped = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(drop_keys) < self.drop
+        keep = 1 - dropped.astype(jnp.float32)
+        value, _ = self._flow_loss(params, examples, flow_key, keep[:, 0], keep[:, 1])
+        return value, {}
+
+    def held_out_loss(self, params, examples):
+        """Mean over `eval.draws` fixed draws for each clip, nothing dropped."""
+        keep = jnp.ones(examples["clip_id"].shape)
+        keys = jax.random.split(jax.random.key(self.eval_seed), self.draws)
+        losses = [self._flow_loss(params, examples, key, keep, keep)[1] for key in keys]
+        return jnp.stack(losses).mean(axis=0)
+
+    def _flow_loss(self, params, examples, key, keep_pose, keep_geo):
+        model = with_parameters(self._abstract, params)
+        latents = examples["latents"]
+        clip_id = examples["clip_id"]
+        sigma, noise = flow.draw(key, clip_id, latents.shape[1:], self.shift)
+        noisy = flow.interpolate(latents, noise, sigma)
+        conditions = Conditions(
+            text=jnp.broadcast_to(self._text[None], (len(latents), *self._text.shape)),
+            first_frame=examples["first_frame"],
+            geo_latents=examples["geo_latents"],
+            geo_length=examples["geo_length"],
+            keep_geo=keep_geo,
+            poses=examples["poses"],
+            keep_pose=keep_pose,
+        )
+        velocity = model(
+            jnp.concatenate([noisy, conditions.first_frame], axis=-1),
+            flow.timesteps_of(sigma),
+            conditions.text,
+            conditions.image,
+            model.prepare(conditions),
+        )
+        return flow.loss(velocity, noise, latents)
+
+
+class VAEReconstruction(Task):
+    """A video autoencoder of the Wan architecture from scratch, for toy cities.
+
+    L1 + 0.5 L1 of spatial gradients + MSE + a small KL to the unit normal. Latent mean
+    and standard deviation are measured at the end and stored in the config.
+    """
+
+    part = "vae"
+
+    def __init__(self, config: ConfigDict, start: Bundle | None):
+        super().__init__(config, start)
+        self.window = config.train.window_frames
+        self.kl_weight = config.train.kl_weight
+        self.base = Bundle({}, {self.part: self.description})
+
+    def encode(self, clip: Clip) -> Examples:
+        """Keep the target's 8-bit frames."""
+        return {
+            "frames": jnp.asarray(clip.frames),
+            "clip_id": jnp.asarray(clip.clip_id),
+        }
+
+    def loss(self, params, examples, step):
+        """Reconstruct `train.window_frames` at a random place of each clip."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        place_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(
+            flow.clip_keys(key, examples["clip_id"])
+        )
+        frames = examples["frames"]
+        last = frames.shape[1] - self.window
+        places = jax.vmap(lambda k: jax.random.randint(k, (), 0, last + 1))(place_keys)
+        windows = jax.vmap(
+            lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, self.window)
+        )(frames, places)
+        return self._reconstruction_loss(params, to_unit(windows), noise_keys)
+
+    def held_out_loss(self, params, examples):
+        """Reconstruct from the mean of the latents, the first window of each clip."""
+        video = to_unit(examples["frames"][:, : self.window])
+        vae = with_parameters(self._abstract, params)
+        return reconstruction_errors(vae.decode_raw(vae.posterior(video)[0]), video)
+
+    def _reconstruction_loss(self, params, video, noise_keys):
+        vae = with_parameters(self._abstract, params)
+        mean, log_variance = vae.posterior(video)
+        log_variance = jnp.clip(log_variance, -30, 20)
+        noise = flow.draw_noise(noise_keys, mean.shape[1:])
+        decoded = vae.decode_raw(mean + jnp.exp(0.5 * log_variance) * noise)
+        errors = reconstruction_errors(decoded, video).mean()
+        kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
+        mse = jnp.mean((jnp.clip(decoded, -1, 1) - video) ** 2)
+        psnr = 10 * jnp.log10(4 / mse)
+        return errors + self.kl_weight * kl, {"kl": kl, "psnr": psnr}
+
+    def finish(self, params, examples):
+        """Measure the latents' statistics and store them with the autoencoder."""
+        measure = jax.jit(self._moments)
+        moments = [jax.device_get(measure(params, e["frames"])) for e in examples]
+        first = np.mean([m[0] for m in moments], axis=0, dtype=np.float64)
+        second = np.mean([m[1] for m in moments], axis=0, dtype=np.float64)
+        config = dataclasses.replace(
+            read_config(self.description),
+            latent_mean=tuple(first.tolist()),
+            latent_std=tuple(np.sqrt(second - first**2).tolist()),
+        )
+        description = describe(WanVAE, config)
+        vae = with_parameters(abstract_model(description), params)
+        return Bundle({self.part: vae}, {self.part: description})
+
+    def _moments(self, params, frames):
+        latents = with_parameters(self._abstract, params).encode(to_unit(frames))
+        axes = tuple(range(latents.ndim - 1))
+        return latents.mean(axes), (latents**2).mean(axes)
+
+
+def reconstruction_errors(
+    decoded: Float[Array, "B T H W 3"], video: Float[Array, "B T H W 3"]
+) -> Float[Array, " B"]:
+    """Give L1 + 0.5 L1 of the gradients along H and W + MSE, for each clip."""
+    difference = decoded - video
+    gradients = sum(
+        jnp.abs(jnp.diff(difference, axis=axis)).mean((1, 2, 3, 4)) for axis in (2, 3)
+    )
+    flat = jnp.abs(difference).mean((1, 2, 3, 4))
+    return flat + 0.5 * gradients + (difference**2).mean((1, 2, 3, 4))
+
+
+def _find_vae(path: str, start: Bundle | None) -> tuple[WanVAE, Description]:
+    bundle = latest_model(path) if path else start
+    if bundle is None or "vae" not in bundle.modules:
+        where = path or (start.origin if start else "train.init_from (not given)")
+        raise ValueError(
+            f"There is no autoencoder in {where}. Train one with "
+            "`python -m cityrag_jax.train --config=configs/toy_vae.py --workdir=DIR` "
+            "and give --config.model.vae=DIR."
+        )
+    return bundle.modules["vae"], bundle.descriptions["vae"]
+
+
+def _find_text(kind: str, config: DiTConfig, start: Bundle | None) -> np.ndarray:
+    """Give the fixed prompt's rows [S, E]: a constant, or those of the start model."""
+    if start is not None and start.text is not None:
+        return start.text
+    if kind != "constant":
+        raise ValueError(
+            f"config.model.text is {kind!r}, but the start model stores no prompt; "
+            "encode it with tools/encode_prompt.py, or choose 'constant'."
+        )
+    shape = (config.text_len, config.text_dim)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def _check_start(given: dict[str, Any], values: dict[str, Any], origin: str) -> None:
+    """Parameters of the start must exist here, and all but branches must be given."""
+    lines = [f"unknown here: {name}" for name in given if name not in values]
+    lines += [
+        f"{name}: {given[name].shape} there, {values[name].shape} here"
+        for name in given
+        if name in values and given[name].shape != values[name].shape
+    ]
+    has_branches = any(name.startswith("branches.") for name in given)
+    lines += [
+        f"missing there: {name}"
+        for name in values
+        if name not in given and (has_branches or not name.startswith("branches."))
+    ]
+    if lines:
+        raise ValueError(
+            f"train.init_from ({origin}) does not fit this config:\n  "
+            + "\n  ".join(lines[:20])
+            + "\nUse the config it was trained with, or start from scratch."
+        )
