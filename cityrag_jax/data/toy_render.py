@@ -58,6 +58,22 @@ class Lens(NamedTuple):
     supersample: int
 
 
+class Scenes(NamedTuple):
+    """Scenes of a batch, each field of `Scene` with a leading axis B."""
+
+    sun: Array
+    sun_rgb: Array
+    ambient_rgb: Array
+    zenith_rgb: Array
+    horizon_rgb: Array
+    tint_rgb: Array
+    clouds: Array
+    haze_per_m: Array
+    wet: Array
+    lamps: Array
+    seed: Array
+
+
 class Rays(NamedTuple):
     """Rays of a batch: origins [B, 1, 1], directions [B, 1 or H, W], slopes [B, H, W]."""
 
@@ -196,7 +212,7 @@ def walk(grid: Grid, seed: Array, rays: Rays) -> Walls:
         slots,
     )
 
-    def step(_: int, state: tuple) -> tuple:
+    def step(_: Array, state: tuple) -> tuple:
         cx, cy, horizon, before, count, slots = state
         sx = (line_at(cx + (step_x > 0)) - rays.x) / dx
         sy = (line_at(cy + (step_y > 0)) - rays.y) / dy
@@ -308,8 +324,12 @@ def _meet_car(rays: Rays, near: Near) -> Array:
 def _meet_person(rays: Rays, near: Near) -> Array:
     """Measure the way to a person: an outline turned to the camera."""
     z, q = rays.z + rays.slope * near.distance, jnp.abs(near.off)
-    legs = (z < 0.85) & (q < 0.17)
-    coat = (z < 1.45) & (q < 0.24) & (z > 0.7)
+    stride = 0.015 + 0.1 * toy_world.fraction(near.bits, 5) * (0.85 - z)
+    legs = (z < 0.85) & (jnp.abs(q - 0.09 - stride) < 0.075)
+    shoulder = (
+        0.25 - 1.2 * jnp.maximum(z - 1.36, 0.0) - 0.06 * jnp.maximum(1.3 - z, 0.0)
+    )
+    coat = (z < 1.47) & (q < shoulder) & (z > 0.75)
     head = (z > 1.4) & (q * q + (z - 1.6) * (z - 1.6) < 0.018)
     return jnp.where(legs | coat | head, near.distance, FAR)
 
@@ -363,7 +383,7 @@ def _by_index(index: Array, choices: Sequence[Array]) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _cast(
-    grid: Grid, lens: Lens, seed: Array, fov_deg: Array, scene: Scene,
+    grid: Grid, lens: Lens, seed: Array, fov_deg: Array, scene: Scenes,
     position: Array, rotation: Array, time_s: Array,
 ) -> tuple[Rays, Walls, list[Near]]:  # fmt: skip
     """Cast the rays and find what stands along each column."""
@@ -408,7 +428,7 @@ def _first(rays: Rays, near: list[Near], ways: list[Array]) -> tuple[Array, ...]
 
 @functools.partial(jax.jit, static_argnums=0)
 def shade(
-    grid: Grid, seed: Array, scene: Scene, rays: Rays, time_s: Array, seen: Seen
+    grid: Grid, seed: Array, scene: Scenes, rays: Rays, time_s: Array, seen: Seen
 ) -> Array:
     """Colour every sample; return packed colours."""
     light = _light(scene)
@@ -440,7 +460,7 @@ def shade(
     color = mix(color, shown, surface.mirror * grazing)
     color = mix(color, light.horizon_rgb, 1.0 - jnp.exp(-haze_per_m * s))
     above = toy_shade.sky(rays.dx, rays.dy, rays.slope, time_s[:, None, None], light)
-    above = _skyline(seed, rays, light, above)
+    above = _skyline(seed, rays, light, haze_per_m, above)
     return toy_shade.pack(pick(seen.s >= FAR, above, color))
 
 
@@ -497,12 +517,19 @@ def _shade_things(
     return surface, facing, jnp.where(seen.under, 0.35, ambient)
 
 
-def _skyline(seed: Array, rays: Rays, light: Light, above: tuple) -> tuple:
+def _skyline(
+    seed: Array, rays: Rays, light: Light, haze_per_m: Array, above: tuple
+) -> tuple:
     """Close the ends of the streets with hazy towers, too far to have a depth."""
     bearing = jnp.floor(jnp.arctan2(rays.dy, rays.dx) * 45.0).astype(jnp.int32)
     height = 0.02 + 0.06 * toy_world.fraction(toy_world.hashed(seed, 90, bearing), 8)
     tower = mix(light.horizon_rgb, light.zenith_rgb, np.float32(0.35))
-    return pick(rays.slope < height, scale(tower, np.float32(0.8)), above)
+    tower = mix(tower, light.horizon_rgb, 1.0 - jnp.exp(-400.0 * haze_per_m))
+    return pick(
+        rays.slope < height,
+        scale(tower, 0.8 + 0.2 * jnp.tanh(150.0 * haze_per_m)),
+        above,
+    )
 
 
 def _choose(
@@ -547,7 +574,7 @@ def _resolve(
     return rgb, depth, functools.reduce(jnp.logical_or, samples(moving))
 
 
-def _light(scene: Scene) -> Light:
+def _light(scene: Scenes) -> Light:
     """Spread a batch of scenes over pictures."""
 
     def spread(v: Array) -> tuple[Array, Array, Array]:
@@ -561,7 +588,7 @@ def _light(scene: Scene) -> Light:
 
 
 def render_on_device(
-    grid: Grid, lens: Lens, seed: Array, fov_deg: Array, scene: Scene, position: Array,
+    grid: Grid, lens: Lens, seed: Array, fov_deg: Array, scene: Scenes, position: Array,
     rotation: Array, time_s: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Render one batch; `scene` has a leading axis B, `time_s` counts from its start.
@@ -637,27 +664,29 @@ def _render(
     rgb = np.empty((count, height, width, 3), np.uint8)
     depth_m = np.empty((count, height, width), np.float32)
     moving = np.empty((count, height, width), bool)
-    stacked = _stack(scenes)
-    elapsed_s = np.asarray(time_s - stacked.start_time_s, np.float32)
-    stacked = dataclasses.replace(stacked, start_time_s=elapsed_s)
+    started_s = np.stack([one.start_time_s for one in scenes])
+    elapsed_s = (time_s - started_s).astype(np.float32)
+    stacked = Scenes(
+        *(np.stack([getattr(one, key) for one in scenes]) for key in Scenes._fields)
+    )
     chunk = _chunk(height * width * config.supersample**2)
     for first in range(0, count, chunk):
         rows = np.minimum(np.arange(first, first + chunk), count - 1)
         used = slice(first, min(first + chunk, count))
-        part = jax.tree.map(lambda v, rows=rows: v[rows], stacked)
+        part = Scenes(*(jnp.asarray(field[rows]) for field in stacked))
         made = render_on_device(
-            grid, lens, np.uint32(config.seed), np.float32(fov_deg), part,
-            enu_from_camera[rows, :3, 3].astype(np.float32),
-            rotation[rows].astype(np.float32), elapsed_s[rows],
-        )  # fmt: skip
+            grid,
+            lens,
+            *(jnp.asarray(v) for v in (np.uint32(config.seed), np.float32(fov_deg))),
+            part,
+            jnp.asarray(enu_from_camera[rows, :3, 3].astype(np.float32)),
+            jnp.asarray(rotation[rows].astype(np.float32)),
+            jnp.asarray(elapsed_s[rows]),
+        )
         size = used.stop - used.start
         for target, values in zip((rgb, depth_m, moving), made):
             target[used] = np.asarray(values)[:size]
     return Rendering(rgb, depth_m, moving)
-
-
-def _stack(scenes: list[Scene]) -> Scene:
-    return jax.tree.map(lambda *v: np.stack(v), *scenes)
 
 
 def _chunk(samples: int) -> int:

@@ -6,7 +6,6 @@ Colours are linear RGB, 1 is a white wall in full sun.
 
 import dataclasses
 
-import jax
 import numpy as np
 from jaxtyping import Float, Float32, UInt32
 
@@ -15,7 +14,6 @@ FIRST_DAY_S = 1_672_531_200.0  # 1 January 2023, 00:00 UTC
 WEATHERS = ("clear", "cloudy", "overcast", "wet", "fog", "dusk")
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """What is seen on one drive besides the city: light, air, and a seed for traffic.
@@ -57,7 +55,7 @@ def draw_start(
     rng: np.random.Generator, weather: str, latitude_deg: float, longitude_deg: float
 ) -> float:
     """Draw the unix second a drive starts at: by day, or at sundown for dusk."""
-    low, high = (-0.09, -0.03) if weather == "dusk" else (0.2, 0.95)
+    low, high = (-0.09, -0.03) if weather == "dusk" else (0.3, 0.95)
     for _ in range(10_000):
         time_s = FIRST_DAY_S + rng.uniform(0.0, 700.0) * DAY_S
         if low < sun_direction(time_s, latitude_deg, longitude_deg)[2] < high:
@@ -82,10 +80,10 @@ def draw_scene(
     grey, dim = np.array([0.5, 0.53, 0.57]), np.array([0.36, 0.39, 0.43])
     warm = np.array([0.85, 0.6, 0.42])
     pale = pale + 0.4 * low * (warm - pale)
-    shade = np.array([0.3, 0.36, 0.46])
+    shade = np.array([0.36, 0.42, 0.52])
     beam, ambient, zenith, horizon, clouds, haze, wet, lamps = {
-        "clear": (0.85 * gold, shade, blue, pale, 0.15, 0.0012, 0.0, 0.0),
-        "cloudy": (0.7 * gold, 1.1 * shade, 1.1 * blue, pale, 0.55, 0.002, 0.0, 0.0),
+        "clear": (1.25 * gold, shade, blue, pale, 0.15, 0.0012, 0.0, 0.0),
+        "cloudy": (1.0 * gold, 1.1 * shade, 1.1 * blue, pale, 0.55, 0.002, 0.0, 0.0),
         "overcast": (0.06 * gold, 1.15 * grey, grey, 1.2 * grey, 0.9, 0.004, 0.0, 0.0),
         "wet": (0.03 * gold, 0.95 * grey, dim, 1.1 * dim, 0.9, 0.007, 1.0, 0.25),
         "fog": (0.05 * gold, 1.1 * grey, 1.1 * grey, 1.15 * grey, 0.3, 0.022, 0.2, 0.1),

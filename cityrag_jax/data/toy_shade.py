@@ -14,7 +14,8 @@ from jaxtyping import Array, Float32
 
 from cityrag_jax.data.toy_world import ROAD_HALF_M, STREET_HALF_M, fraction, hashed
 
-Color = tuple[Array, Array, Array]
+Value = Array | np.ndarray | np.generic | float | bool
+Color = tuple[Value, Value, Value]
 
 
 class Light(NamedTuple):
@@ -39,7 +40,7 @@ class Surface(NamedTuple):
     mirror: Array
 
 
-def mix(base: Color, over: Color, alpha: Array) -> Color:
+def mix(base: Color, over: Color, alpha: Value) -> Color:
     """Lay a colour over another with a coverage in [0, 1]."""
     return tuple(b + (o - b) * alpha for b, o in zip(base, over))
 
@@ -49,7 +50,7 @@ def pick(mask: Array, yes: Color, no: Color) -> Color:
     return tuple(jnp.where(mask, y, n) for y, n in zip(yes, no))
 
 
-def scale(color: Color, factor: Array) -> Color:
+def scale(color: Color, factor: Value) -> Color:
     """Multiply a colour by one number."""
     return tuple(c * factor for c in color)
 
@@ -64,7 +65,7 @@ def fade(distance_m: Array, near: float, far: float) -> Array:
     return jnp.clip((far - distance_m) * np.float32(1 / (far - near)), 0.0, 1.0)
 
 
-def paint(warm: Array, light: Array, cool: Array) -> Color:
+def paint(warm: Value, light: Value, cool: Value) -> Color:
     """Make a colour a wall can have: grey to brick, or its cool mirror image."""
     red = light
     green = light * (1.0 - 0.5 * warm)
@@ -110,8 +111,8 @@ def facade(
     more = hashed(bits, 50)
     cool = (more & np.uint32(3)) == np.uint32(1)
     warm, pale = fraction(bits, 2), fraction(more, 8)
-    warm = jnp.where(cool, 0.4 * warm, 0.15 + 0.85 * warm)
-    wall = paint(warm, 0.22 + 0.5 * pale, cool)
+    warm = jnp.where(cool, 0.5 * warm, 0.1 + 0.9 * warm)
+    wall = paint(warm, 0.24 + 0.56 * pale, cool)
     ground = 3.7 + 0.9 * fraction(more, 4)
     upper = (z > ground) & ~blank
     near = fade(s, 25.0, 85.0)
@@ -134,7 +135,9 @@ def facade(
     glass = rgb(0.05, 0.065, 0.08)
     color = mix(color, glass, pane)
     lamp = (1.0 * glow, 0.72 * glow, 0.38 * glow)
-    return Surface(color, lamp, 0.4 * pane)
+    window = jnp.floor(u * 0.4).astype(jnp.int32), jnp.floor(z * 0.3).astype(jnp.int32)
+    sheen = 0.12 + 0.3 * fraction(hashed(more, 56, *window), 8)
+    return Surface(color, lamp, sheen * jnp.clip(pane, 0.0, 1.0))
 
 
 def _brickwork(wall: Color, more: Array, u: Array, z: Array, near: Array) -> Color:
@@ -173,9 +176,10 @@ def _windows(
     frame = ((inset_u > -0.05) & (inset_v > -0.06)).astype(jnp.float32)
     sill = (inset_v < 0.0) & (inset_v > -0.05) & (upward < 0.0) & (inset_u > -0.08)
     window = hashed(more, 52, column.astype(jnp.int32), floor.astype(jnp.int32))
+    recess = (inset_v < 0.07) & (upward > 0.0)
     curtain = jnp.where((window & np.uint32(7)) < np.uint32(2), 0.45, 0.0)
     curtain = jnp.where(upward > high * (2.0 * fraction(window, 8) - 0.6), curtain, 0.0)
-    glass = pane * (1.0 - 0.7 * bars) * (1.0 - curtain)
+    glass = pane * jnp.where(recess, 1.15, 1.0 - 0.7 * bars) * (1.0 - curtain)
     mean = 4.0 * half * high * 0.8
     glass = mean + near * (glass - mean)
     frame = near * jnp.maximum(frame, sill.astype(jnp.float32))
@@ -358,6 +362,7 @@ def sky(dx: Array, dy: Array, m: Array, time_s: Array, light: Light) -> Color:
     halo = glare * glare
     halo = halo * halo
     disc = (toward > 0.9992) * 6.0 * (1.0 - cover)
+    disc = disc * jnp.clip(3.0 * light.sun_rgb[0] - 0.6, 0.0, 1.0)
     halo = 0.35 * halo * halo + disc
     return tuple(c + b * halo for c, b in zip(color, light.sun_rgb))
 
@@ -374,7 +379,7 @@ def car(
     plain = (bits & np.uint32(7)) < np.uint32(4)
     grey = fraction(bits, 20) * 0.6 + 0.03
     body = pick(plain, (grey, grey, grey), body)
-    window = (z > 0.92) & (z < tall - 0.12)
+    window = (z > 0.97) & (z < tall - 0.12)
     end = jnp.abs(lx) > half_length - 0.06
     pillar = (jnp.abs(jnp.abs(lx + 0.2) - 0.55) < 0.05) & ~end
     color = pick(window & ~pillar, rgb(0.03, 0.035, 0.045), body)
@@ -391,7 +396,7 @@ def car(
     return Surface(
         color,
         (shine + tail, 0.95 * shine, 0.8 * shine),
-        jnp.where(window, 0.35, 0.06) + zero,
+        jnp.where(window, 0.16, 0.05) + zero,
     )
 
 

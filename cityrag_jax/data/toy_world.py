@@ -131,47 +131,46 @@ def lot_at(grid: Grid, seed: Array, i: Array, j: Array, a: Array, b: Array) -> L
     return Lot(bits, height, a0 * lot, na * lot, b0 * lot, nb * lot)
 
 
-def _ahead(
-    grid: Grid, seed: Array, along: Array, across: Array, slope: Array, swap: bool
-) -> tuple[Array, Array]:
-    """Find the first facade plane along a signed axis: its distance and height there.
-
-    `along` and `across` are coordinates mirrored so that the ray runs to larger
-    `along`; `slope` is the change of `across` for each metre. Mirroring is undone by
-    the sign that `along` carries in its second element.
-    """
-    along, sign = along, across[1]
-    block = jnp.float32(grid.block_m)
-    half = np.float32(STREET_HALF_M)
-    step = jnp.floor((along - half) / block) + 1.0
-    distance = step * block + half - along
-    other = across[0] + slope * distance
-    j = jnp.floor(other / block)
-    b = jnp.floor((other - j * block - half) / np.float32(grid.lot_m))
-    inside = (b >= 0) & (b < grid.lots)
-    i = jnp.where(sign > 0, step, -step - 1.0).astype(jnp.int32)
-    a = jnp.where(sign > 0, 0, grid.lots - 1)
-    j, b = j.astype(jnp.int32), jnp.clip(b, 0, grid.lots - 1).astype(jnp.int32)
-    a = jnp.broadcast_to(a, b.shape)
-    lot = lot_at(grid, seed, j, i, b, a) if swap else lot_at(grid, seed, i, j, a, b)
-    return distance, jnp.where(inside, lot.height_m, 0.0)
-
-
 def sunlit(
     grid: Grid, seed: Array, x: Array, y: Array, z: Array, sun: tuple[Array, ...]
 ) -> Float32[Array, "..."]:
     """Say (0 or 1) whether the sun reaches a point; only the nearest rows can hide it."""
     lit = jnp.ones_like(z)
-    for swap, (p, q, sp, sq) in enumerate(
-        ((x, y, sun[0], sun[1]), (y, x, sun[1], sun[0]))
+    for points, toward, along_y in (
+        ((x, y), (sun[0], sun[1]), False),
+        ((y, x), (sun[1], sun[0]), True),
     ):
-        sign = jnp.where(sp >= 0, 1.0, -1.0)
-        size = jnp.maximum(jnp.abs(sp), 1e-3)
-        distance, height = _ahead(
-            grid, seed, sign * p, (q, sign), sq / size, bool(swap)
-        )
+        size = jnp.maximum(jnp.abs(toward[0]), 1e-3)
+        distance, height = _row_ahead(
+            grid, seed, points, jnp.where(toward[0] >= 0, 1.0, -1.0),
+            toward[1] / size, along_y,
+        )  # fmt: skip
         lit = jnp.where(height > z + distance * (sun[2] / size), 0.0, lit)
     return lit
+
+
+def _row_ahead(
+    grid: Grid, seed: Array, point: tuple[Array, Array], sign: Array, drift: Array,
+    along_y: bool,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Go along the first axis of `point` to the next row of facades that face back.
+
+    `sign` is the direction, `drift` the metres across for each metre along. Returns
+    the metres along, and the height of the building met there, 0 in a street.
+    """
+    block, half = np.float32(grid.block_m), np.float32(STREET_HALF_M)
+    mirrored = sign * point[0]
+    step = jnp.floor((mirrored - half) / block) + 1.0
+    distance = step * block + half - mirrored
+    across = point[1] + drift * distance
+    j = jnp.floor(across / block)
+    b = jnp.floor((across - j * block - half) / np.float32(grid.lot_m))
+    inside = (b >= 0) & (b < grid.lots)
+    i = jnp.where(sign > 0, step, -step - 1.0).astype(jnp.int32)
+    a = jnp.broadcast_to(jnp.where(sign > 0, 0, grid.lots - 1), b.shape)
+    j, b = j.astype(jnp.int32), jnp.clip(b, 0, grid.lots - 1).astype(jnp.int32)
+    places = (j, i, b, a) if along_y else (i, j, a, b)
+    return distance, jnp.where(inside, lot_at(grid, seed, *places).height_m, 0.0)
 
 
 def _slots(
