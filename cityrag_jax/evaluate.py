@@ -1,0 +1,204 @@
+"""Score a model on held-out pairs, beside baselines that anyone could have:
+
+    python -m cityrag_jax.evaluate --config=configs/toy_city.py --checkpoint=DIR \\
+        --city=DIR[,DIR...] --out=DIR [--config.eval.key=value ...]
+
+Every clip is generated from the same noise with both conditions, with each alone, with
+neither, and with the condition of another place. OUT will hold table.md, table.json
+with every clip's figures, and examples.png. Streets, and in held-out cities everything,
+were never trained on; clips turn at least `eval.min_rotation_deg`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import tqdm
+from absl import app, flags
+from jaxtyping import Float64, UInt8
+from ml_collections import ConfigDict, config_flags
+
+from cityrag_jax import report
+from cityrag_jax.batch import Clip
+from cityrag_jax.checkpoint import latest_model
+from cityrag_jax.data.clips import held_out_clips, stack_clips
+from cityrag_jax.data.video import write_image
+from cityrag_jax.encode import encode_target
+from cityrag_jax.generate import make_sampler
+from cityrag_jax.metrics.image import clip_psnr, psnr, recolour_condition
+from cityrag_jax.rollout import Generator, decode
+from cityrag_jax.training.examples import clip_config, open_cities
+
+Videos = UInt8[np.ndarray, "B T H W 3"]
+FULL = "geo + trajectory"
+POSE_ALONE = "trajectory alone"
+GEO_ALONE = "geo alone"
+NEITHER = "neither"
+ELSEWHERE = "geo of another place + trajectory"
+RECOLOURED = "condition, colours fitted to frame 0"
+CEILING = "autoencoder alone"
+EXAMPLES = 4
+
+
+def make_videos(generator: Generator, seed: int) -> dict[str, Callable[[Clip], Videos]]:
+    """Name the ways to fill a batch of clips, the model's and the baselines'."""
+
+    def model(pose: bool, geo: bool):
+        return lambda clips: generator(clips, seed, pose=pose, geo=geo)
+
+    return {
+        FULL: model(True, True),
+        POSE_ALONE: model(True, False),
+        GEO_ALONE: model(False, True),
+        NEITHER: model(False, False),
+        ELSEWHERE: lambda clips: model(True, True)(swap_places(clips)),
+        "first frame repeated": lambda clips: np.repeat(
+            clips.frames[:, :1], clips.frames.shape[1], axis=1
+        ),
+        "condition as it is": lambda clips: fit_length(clips),
+        RECOLOURED: recolour,
+        CEILING: lambda clips: reconstruct(generator, clips),
+    }
+
+
+def swap_places(clips: Clip) -> Clip:
+    """Give every clip of a batch the condition of another one."""
+    if len(clips.frames) < 2:
+        raise ValueError("Another place's condition needs two clips in a batch.")
+    return dataclasses.replace(
+        clips,
+        condition=np.roll(clips.condition, 1, axis=0),
+        condition_length=np.roll(clips.condition_length, 1, axis=0),
+    )
+
+
+def fit_length(clips: Clip) -> Videos:
+    """Cut conditions to the targets' length, or repeat their last frame up to it."""
+    longest = clips.condition.shape[1] - 1
+    index = np.minimum(np.arange(clips.frames.shape[1]), longest)
+    return clips.condition[:, index]
+
+
+def recolour(clips: Clip) -> Videos:
+    """Fit the conditions' colours to the first images: the honest strong baseline."""
+    return np.stack(
+        [
+            np.round(255 * recolour_condition(condition, frames[0])).astype(np.uint8)
+            for condition, frames in zip(fit_length(clips), clips.frames, strict=True)
+        ]
+    )
+
+
+def reconstruct(generator: Generator, clips: Clip) -> Videos:
+    """Encode and decode the truth: what no model behind this autoencoder can pass."""
+    vae = generator.bundle.modules["vae"]
+    return np.asarray(decode(vae, jax.jit(encode_target)(vae, clips)))
+
+
+def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
+    """Give PSNR in dB of every clip, frame 0 (which is given) not counted.
+
+    `PSNR` is the mean over frames, `of clip` from the clip's mean squared error,
+    `last quarter` the mean over the frames farthest from the given one.
+    """
+    frames = psnr(video[:, 1:], truth[:, 1:])
+    pairs = list(zip(video[:, 1:], truth[:, 1:], strict=True))
+    return {
+        "PSNR": frames.mean(axis=1),
+        "of clip": np.array([clip_psnr(v, t) for v, t in pairs]),
+        "last quarter": frames[:, -(truth.shape[1] // 4) :].mean(axis=1),
+    }
+
+
+def evaluate(
+    config: ConfigDict, checkpoint: Path | str, cities: str, out: Path | str
+) -> dict[str, dict[str, float]]:
+    """Score `eval.table_clips` held-out clips, write everything, give the means."""
+    sources = open_cities(cities)
+    clips = read_clips(config, sources)
+    generator = Generator(latest_model(checkpoint), make_sampler(config))
+    ways = make_videos(generator, config.eval.seed)
+    scores: dict[str, dict[str, list]] = {name: {} for name in ways}
+    examples = {}
+    bar = tqdm.tqdm(total=len(clips) * len(ways), desc="scoring", unit="clip batch")
+    with bar:
+        for batch in clips:
+            for name, make in ways.items():
+                video = make(batch)
+                examples.setdefault(name, video[:EXAMPLES])
+                for metric, values in score(video, batch.frames).items():
+                    scores[name].setdefault(metric, []).extend(values.tolist())
+                bar.update()
+    means = {
+        name: {metric: float(np.mean(values)) for metric, values in row.items()}
+        for name, row in scores.items()
+    }
+    _write(Path(out), means, scores, examples, clips[0], config)
+    return means
+
+
+def read_clips(config: ConfigDict, sources) -> list[Clip]:
+    """Read the held-out clips, equally many of every city, in batches."""
+    wanted, size = config.eval.table_clips, config.eval.batch_size
+    if wanted % len(sources) or wanted % size:
+        raise ValueError(
+            f"eval.table_clips {wanted} must be a multiple of the {len(sources)} "
+            f"cities and of eval.batch_size {size}."
+        )
+    read = [
+        clip
+        for city, pairs in sources
+        for clip in held_out_clips(
+            city,
+            pairs,
+            clip_config(config.data),
+            wanted // len(sources),
+            seed=config.eval.seed,
+            min_rotation_deg=config.eval.min_rotation_deg,
+        )
+    ]
+    return [stack_clips(read[i : i + size]) for i in range(0, wanted, size)]
+
+
+def _write(out, means, scores, examples, first_batch, config):
+    out.mkdir(parents=True, exist_ok=True)
+    count = config.eval.table_clips
+    title = f"{count} unseen clips, PSNR in dB"
+    text = report.table(means, title)
+    (out / "table.md").write_text(text + "\n")
+    (out / "table.json").write_text(json.dumps({"mean": means, "clips": scores}))
+    shown = (FULL, POSE_ALONE, RECOLOURED)
+    pictures = []
+    for i in range(min(EXAMPLES, len(first_batch.frames))):
+        condition = first_batch.condition[i][: first_batch.condition_length[i]]
+        rows = {"first image": first_batch.frames[i][:1], "retrieved": condition}
+        rows |= {name: examples[name][i] for name in shown}
+        rows |= {"truth": first_batch.frames[i]}
+        pictures.append(report.side_by_side(rows))
+    write_image(out / "examples.png", report.sheet(pictures, 1, gap=12))
+
+
+def main(_) -> None:
+    """Evaluate and print the table."""
+    given = flags.FLAGS
+    try:
+        means = evaluate(given.config, given.checkpoint, given.city, given.out)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    count = given.config.eval.table_clips
+    print(report.table(means, f"{count} unseen clips, PSNR in dB"))
+    print(f"wrote {given.out}/table.md, table.json, examples.png")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, such as configs/toy_city.py.", lock_config=True
+    )
+    flags.DEFINE_string("checkpoint", None, "Model folder or training workdir.")
+    flags.DEFINE_string("city", None, "City folders, separated by commas.")
+    flags.DEFINE_string("out", None, "Folder to write to.")
+    flags.mark_flags_as_required(["config", "checkpoint", "city", "out"])
+    app.run(main)

@@ -1,0 +1,229 @@
+"""Generate a video from one photo and a path, grounded on a city's panoramas:
+
+    python -m cityrag_jax.generate --config=configs/toy_city.py --checkpoint=DIR \\
+        --city=DIR --image=photo.jpg --path=path.geojson --out=DIR
+        [--config.sample.key=value ...] [--seed=0] [--without=geo]
+
+The photo stands at the path's first place and looks along it. The path is a GeoJSON
+LineString or a CSV of latitude, longitude and, if known, height of the camera. OUT will
+hold video.mp4, conditions.mp4 (the retrieved views), overview.png, map.png and
+generate.json with what was used, licences and attributions of the panoramas among it.
+"""
+
+import json
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import tqdm
+from absl import app, flags
+from jaxtyping import Float64, UInt8
+from ml_collections import ConfigDict, config_flags
+
+from cityrag_jax import report
+from cityrag_jax.checkpoint import latest_model
+from cityrag_jax.data.clips import ClipConfig
+from cityrag_jax.data.store import City
+from cityrag_jax.data.video import read_image, write_image, write_video
+from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.geo.path_files import parse_path
+from cityrag_jax.geo.retrieval import fill_heights
+from cityrag_jax.geo.trajectory import poses_on_earth
+from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
+from cityrag_jax.sampling import Sampler
+from cityrag_jax.training.examples import clip_config
+
+CONDITIONS = ("pose", "geo")
+
+
+def make_sampler(config: ConfigDict) -> Sampler:
+    """Read the sampler off the config's sample section."""
+    sample = config.sample
+    scales = tuple(float(scale) for scale in sample.scales)
+    return Sampler(sample.num_steps, float(sample.shift), sample.guidance, scales)
+
+
+def fit_photo(
+    photo: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """Cut the middle of a photo to the video's shape and resample it.
+
+    Means over areas when shrinking, the reference's cubic kernel when enlarging.
+    """
+    h, w, _ = photo.shape
+    keep_h, keep_w = (
+        min(h, round(w * height / width)),
+        min(w, round(h * width / height)),
+    )
+    top, left = (h - keep_h) // 2, (w - keep_w) // 2
+    middle = photo[top : top + keep_h, left : left + keep_w]
+    shrinks = keep_h > height
+    kind = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return cv2.resize(middle, (width, height), interpolation=kind)
+
+
+def read_path(
+    path: Path | str, city: City, spacing_m: float
+) -> Float64[np.ndarray, "N 4 4"]:
+    """Read a path file as camera poses on Earth, one every `spacing_m`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a GeoJSON or CSV path.")
+    places = fill_heights(city.index, parse_path(path.read_text(), path.name))
+    return poses_on_earth(places, spacing_m)
+
+
+def generate(
+    config: ConfigDict,
+    checkpoint: Path | str,
+    city: City,
+    photo: UInt8[np.ndarray, "h w 3"],
+    ecef_from_camera: Float64[np.ndarray, "N 4 4"],
+    *,
+    seed: int = 0,
+    without: tuple[str, ...] = (),
+) -> Rollout:
+    """Generate a frame for every pose; `without` leaves out "pose" or "geo"."""
+    unknown = set(without) - set(CONDITIONS)
+    if unknown:
+        raise ValueError(f"--without={','.join(unknown)}: choose of {CONDITIONS}.")
+    clips = clip_config(config.data)
+    limits = dict(radius_m=float(config.sample.radius_m))
+    retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
+    generator = Generator(latest_model(checkpoint), make_sampler(config))
+    return rollout(
+        generator,
+        city,
+        fit_photo(photo, clips.height, clips.width),
+        ecef_from_camera,
+        clips,
+        seed=seed,
+        pose="pose" not in without,
+        geo="geo" not in without,
+        limits=limits,
+        progress=lambda parts: tqdm.tqdm(parts, desc="generating", unit="clip"),
+    )
+
+
+def write_rollout(
+    out: Path | str,
+    made: Rollout,
+    city: City,
+    clips: ClipConfig,
+    ecef_from_camera: Float64[np.ndarray, "N 4 4"],
+    facts: dict,
+) -> Path:
+    """Write video, conditions, pictures and the sidecar, which comes last."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    fps = float(facts["fps"])
+    write_video(out / "video.mp4", made.frames, fps)
+    write_video(out / "conditions.mp4", np.concatenate(made.conditions), fps)
+    rows = {"retrieved": np.concatenate(made.conditions), "generated": made.frames}
+    write_image(out / "overview.png", report.side_by_side(rows))
+    _write_map(out / "map.png", made, city, ecef_from_camera)
+    captures = np.concatenate([r.captures for r in made.retrievals])
+    sidecar = facts | {
+        "city": city.name,
+        "frames": len(made.frames),
+        "size": [clips.height, clips.width],
+        "drives": [r.drive for r in made.retrievals],
+        "mean_distance_m": [round(r.mean_distance_m, 3) for r in made.retrievals],
+        "captures": captures.tolist(),
+        "sources": sources(city, captures),
+    }
+    temporary = out / "generate.json.tmp"
+    temporary.write_text(json.dumps(sidecar, indent=1) + "\n")
+    temporary.replace(out / "generate.json")
+    return out / "video.mp4"
+
+
+def sources(city: City, captures: np.ndarray) -> list[dict]:
+    """List licence, attribution and anonymisation of captures, each kind once."""
+    columns, header = city.captures, city.header
+    kinds = {
+        (
+            header.licences[int(columns.licence[c])],
+            header.attributions[int(columns.attribution[c])],
+            bool(columns.anonymised[c]),
+        )
+        for c in captures
+    }
+    names = ("licence", "attribution", "anonymised")
+    return [dict(zip(names, kind, strict=True)) for kind in sorted(kinds)]
+
+
+def _write_map(path, made, city, ecef_from_camera):
+    positions = city.captures.ecef_from_camera[:, :3, 3]
+    origin = ecef_from_camera[0, :3, 3]
+    header = city.header
+    axes = ecef_from_enu(*header.anchor)[:3, :3]
+
+    def east_north(places: np.ndarray) -> np.ndarray:
+        return ((places - origin) @ axes)[:, :2]
+
+    edges = city.index.drive_edges
+    drives = [
+        east_north(positions[a:b]) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    captures = np.concatenate([r.captures for r in made.retrievals])
+    report.draw_map(
+        path,
+        drives,
+        east_north(ecef_from_camera[:, :3, 3]),
+        east_north(positions[captures]),
+    )
+
+
+def main(_) -> None:
+    """Check the inputs, generate, and write the results."""
+    given = flags.FLAGS
+    config = given.config
+    try:
+        city = City(given.city)
+        photo = read_image(given.image)
+        poses = read_path(given.path, city, float(config.sample.spacing_m))
+        without = tuple(name for name in given.without if name)
+        made = generate(
+            config,
+            given.checkpoint,
+            city,
+            photo,
+            poses,
+            seed=given.seed,
+            without=without,
+        )
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    facts = dict(
+        image=str(given.image),
+        path=str(given.path),
+        checkpoint=str(given.checkpoint),
+        seed=given.seed,
+        without=list(without),
+        fps=config.sample.fps,
+        sample=json.loads(config.sample.to_json()),
+        jax=jax.__version__,
+    )
+    clips = clip_config(config.data)
+    print(f"wrote {write_rollout(given.out, made, city, clips, poses, facts)}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, such as configs/toy_city.py.", lock_config=True
+    )
+    flags.DEFINE_string("checkpoint", None, "Model folder or training workdir.")
+    flags.DEFINE_string("city", None, "City folder, as tools/build_city.py writes it.")
+    flags.DEFINE_string("image", None, "Photo at the path's first place, JPEG or PNG.")
+    flags.DEFINE_string(
+        "path", None, "Path: GeoJSON LineString or CSV lat,lon[,height]."
+    )
+    flags.DEFINE_string("out", None, "Folder to write to.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise; equal seeds, equal bytes.")
+    flags.DEFINE_list("without", [], "Conditions to leave out: pose, geo.")
+    flags.mark_flags_as_required(
+        ["config", "checkpoint", "city", "image", "path", "out"]
+    )
+    app.run(main)
