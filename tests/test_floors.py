@@ -67,7 +67,9 @@ def test_data_workers_never_import_a_network():
         assert "model" not in imports_of(PACKAGE / "data" / f"{name}.py")
 
 
-@pytest.mark.parametrize("path", (PACKAGE / "geo").glob("*.py"), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "geo").glob("*.py")), ids=lambda p: p.name
+)
 def test_geography_is_numpy_alone(path):
     """A float32 step at the size of ECEF coordinates is half a metre."""
     tree = ast.parse(path.read_text())
