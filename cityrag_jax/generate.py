@@ -31,17 +31,10 @@ from cityrag_jax.geo.path_files import parse_path
 from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
 from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
-from cityrag_jax.sampling import Sampler
+from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
 
 CONDITIONS = ("pose", "geo")
-
-
-def make_sampler(config: ConfigDict) -> Sampler:
-    """Read the sampler off the config's sample section."""
-    sample = config.sample
-    scales = tuple(float(scale) for scale in sample.scales)
-    return Sampler(sample.num_steps, float(sample.shift), sample.guidance, scales)
 
 
 def fit_photo(
@@ -91,7 +84,7 @@ def generate(
     clips = clip_config(config.data)
     limits = dict(radius_m=float(config.sample.radius_m))
     retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
-    generator = Generator(latest_model(checkpoint), make_sampler(config))
+    generator = Generator(latest_model(checkpoint), read_sampler(config.sample))
     return rollout(
         generator,
         city,

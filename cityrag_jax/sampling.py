@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key, UInt
+from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Conditions
 from cityrag_jax.diffusion import flow, unipc
@@ -46,6 +47,12 @@ class Sampler:
         steps = unipc.make_steps(self.num_steps, self.shift)
         weighted = self.passes(pose=pose, geo=geo)
         return denoise(model, conditions, noise, steps, weighted, negative_text)
+
+
+def read_sampler(sample: ConfigDict) -> Sampler:
+    """Read a sampler off the sample section of a config."""
+    scales = tuple(float(scale) for scale in sample.scales)
+    return Sampler(sample.num_steps, float(sample.shift), sample.guidance, scales)
 
 
 def draw_noise(
