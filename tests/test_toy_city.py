@@ -12,7 +12,7 @@ from cityrag_jax.data.toy_scene import WEATHERS, draw_scene, sun_direction
 
 CITY = city("paris", neighbourhoods=2, blocks=2, block_m=40.0, supersample=1)
 DRIVES = drives(CITY)
-HEIGHT = 96
+HEIGHT = 256
 
 
 def look(drive, at, *, scene=None, time_s=None):
@@ -82,7 +82,7 @@ def test_panorama_and_pinhole_view_agree_along_the_same_rays():
     """A panorama looked up along a view's rays has that view's depth, off edges."""
     drive, at = DRIVES[2], np.array([5, 70, 150])
     pose, time_s = drive.enu_from_camera[at], drive.time_s[at]
-    panorama = render_panoramas(CITY, drive.scene, pose, time_s, 512)
+    panorama = render_panoramas(CITY, drive.scene, pose, time_s, HEIGHT)
     angle = np.deg2rad(25.0)
     cos, sin = np.cos(angle), np.sin(angle)
     turned = np.eye(4)
@@ -95,14 +95,14 @@ def test_panorama_and_pinhole_view_agree_along_the_same_rays():
     ray = ray @ turned[:3, :3].T
     azimuth = np.arctan2(ray[..., 0], ray[..., 2])
     elevation = np.arctan2(-ray[..., 1], np.hypot(ray[..., 0], ray[..., 2]))
-    column = ((azimuth / (2 * np.pi) + 0.5) * 1024).astype(int) % 1024
-    row = ((0.5 - elevation / np.pi) * 512).astype(int)
+    column = ((azimuth / (2 * np.pi) + 0.5) * 2 * HEIGHT).astype(int)
+    row = ((0.5 - elevation / np.pi) * HEIGHT).astype(int)
     looked_up = panorama.depth_m[:, row, column]
     near = np.isfinite(view.depth_m) & (view.depth_m < 30.0)
     ratio = looked_up[near] / view.depth_m[near]
-    # Half a pixel of 0.35 degrees is up to 3 % of depth on the ground at 30 m.
-    assert np.mean(np.abs(ratio - 1.0) < 0.04) > 0.93
-    assert np.median(np.abs(ratio - 1.0)) < 0.004
+    # Half a pixel of 0.7 degrees is up to 8 % of depth on the ground at 30 m.
+    assert np.mean(np.abs(ratio - 1.0) < 0.08) > 0.93
+    assert np.median(np.abs(ratio - 1.0)) < 0.01
 
 
 def test_a_pitched_camera_sees_what_the_level_one_sees():
@@ -216,7 +216,7 @@ def test_captures_keep_their_step_and_turn_corners_smoothly():
 
 def test_cameras_never_stand_inside_a_building():
     seen = look(DRIVES[4], np.arange(0, 240, 12))
-    horizon = seen.depth_m[:, HEIGHT // 2 - 3 : HEIGHT // 2 - 1]
+    horizon = seen.depth_m[:, HEIGHT // 2 - 6 : HEIGHT // 2 - 1]
     assert horizon.min() > 0.3
 
 

@@ -264,7 +264,7 @@ def drive_along(
 def _captures(
     config: CityConfig, length_m: float, rng: np.random.Generator
 ) -> Float[np.ndarray, " N"]:
-    """Space captures along a drive: a wandering speed, and stops of 4 to 12 captures."""
+    """Space captures along a drive: a wandering speed, stops of 4 to 12 captures."""
     slow, fast = config.step_m
     mean, phase = rng.uniform(slow, fast), rng.uniform(0, 6.28)
     at = [0.0]

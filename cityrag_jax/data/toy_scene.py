@@ -39,7 +39,7 @@ class Scene:
 def sun_direction(
     time_s: float, latitude_deg: float, longitude_deg: float
 ) -> Float[np.ndarray, " 3"]:
-    """Point to the sun in east-north-up, by mean solar time (right to a few degrees)."""
+    """Point to the sun in east-north-up, by mean solar time (right to 4 degrees)."""
     days = time_s / DAY_S
     declination = np.deg2rad(23.44) * np.sin(2 * np.pi * (days - 80.0) / 365.2425)
     hour_angle = 2 * np.pi * ((days + longitude_deg / 360.0) % 1.0 - 0.5)

@@ -42,12 +42,12 @@ class Surface(NamedTuple):
 
 def mix(base: Color, over: Color, alpha: Value) -> Color:
     """Lay a colour over another with a coverage in [0, 1]."""
-    return tuple(b + (o - b) * alpha for b, o in zip(base, over))
+    return tuple(b + (o - b) * alpha for b, o in zip(base, over, strict=True))
 
 
 def pick(mask: Array, yes: Color, no: Color) -> Color:
     """Choose a colour where a mask holds."""
-    return tuple(jnp.where(mask, y, n) for y, n in zip(yes, no))
+    return tuple(jnp.where(mask, y, n) for y, n in zip(yes, no, strict=True))
 
 
 def scale(color: Color, factor: Value) -> Color:
@@ -156,7 +156,7 @@ def _windows(
     bits: Array, more: Array, u: Array, above: Array, width: Array, near: Array,
     light: Light,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Cover a face with a grid of windows; return glass, frame and light of each point."""
+    """Cover a face with a grid of windows; return glass, frame and light."""
     bay = 1.7 + 2.0 * fraction(bits, 8)
     bays = jnp.maximum(jnp.floor(width / bay), 1.0)
     across = u * bays / width
@@ -256,7 +256,7 @@ def _ground_floor(
 def ground(
     block_m: float, seed: Array, x: Array, y: Array, s: Array, light: Light
 ) -> Surface:
-    """Paint the ground at (x, y): asphalt and its marks, kerbs, pavement, park grass."""
+    """Paint the ground at (x, y): asphalt, marks, kerbs, pavement, park grass."""
     block = np.float32(block_m)
     i, j = jnp.round(x / block), jnp.round(y / block)
     fx, fy = jnp.abs(x - i * block), jnp.abs(y - j * block)
@@ -311,7 +311,9 @@ def ground(
     glow = light.lamps * 0.25 * jnp.clip(1.0 - 5.0 * pool * pool, 0.0, 1.0)
     glow = jnp.where(cross < STREET_HALF_M, glow, 0.0)
     warm = (1.3 * glow, 1.0 * glow, 0.65 * glow)
-    return Surface(color, tuple(w * c for w, c in zip(warm, color)), mirror)
+    return Surface(
+        color, tuple(w * c for w, c in zip(warm, color, strict=True)), mirror
+    )
 
 
 def _marks(
@@ -323,7 +325,7 @@ def _marks(
     length: Array,
     signed: Array,
 ) -> Array:
-    """Say where paint lies on the road: centre dashes, zebras, stop and parking lines."""
+    """Say where paint lies on the road: dashes, zebras, stop and parking lines."""
     junction = hashed(seed, 63, i.astype(jnp.int32), j.astype(jnp.int32))
     open_road = along > ROAD_HALF_M + 5.0
     dash = length * 0.22
@@ -352,7 +354,9 @@ def sky(dx: Array, dy: Array, m: Array, time_s: Array, light: Light) -> Color:
     cover = jnp.clip(1.1 * swirl - 1.6 + 3.6 * light.clouds, 0.0, 1.0)
     white = tuple(
         0.75 * a + 0.5 * b + 0.25 * h
-        for a, b, h in zip(light.ambient_rgb, light.sun_rgb, light.horizon_rgb)
+        for a, b, h in zip(
+            light.ambient_rgb, light.sun_rgb, light.horizon_rgb, strict=True
+        )
     )
     cover = 0.85 * cover * jnp.clip(up * 7.0, 0.0, 1.0)
     color = mix(color, white, cover)
@@ -364,7 +368,7 @@ def sky(dx: Array, dy: Array, m: Array, time_s: Array, light: Light) -> Color:
     disc = (toward > 0.9992) * 6.0 * (1.0 - cover)
     disc = disc * jnp.clip(3.0 * light.sun_rgb[0] - 0.6, 0.0, 1.0)
     halo = 0.35 * halo * halo + disc
-    return tuple(c + b * halo for c, b in zip(color, light.sun_rgb))
+    return tuple(c + b * halo for c, b in zip(color, light.sun_rgb, strict=True))
 
 
 def car(

@@ -134,7 +134,7 @@ def lot_at(grid: Grid, seed: Array, i: Array, j: Array, a: Array, b: Array) -> L
 def sunlit(
     grid: Grid, seed: Array, x: Array, y: Array, z: Array, sun: tuple[Array, ...]
 ) -> Float32[Array, "..."]:
-    """Say (0 or 1) whether the sun reaches a point; only the nearest rows can hide it."""
+    """Say (0 or 1) whether the sun reaches a point; the nearest rows hide it."""
     lit = jnp.ones_like(z)
     for points, toward, along_y in (
         ((x, y), (sun[0], sun[1]), False),
@@ -176,7 +176,7 @@ def _row_ahead(
 def _slots(
     grid: Grid, camera: Array, spacing_m: float, count: int, shift_m: Array
 ) -> tuple[Array, Array, Array]:
-    """List (axis, street, slot) of `count` slots around cameras on the 4 near streets."""
+    """List (axis, street, slot) of `count` slots near cameras on 4 streets."""
     batch = camera.shape[0]
     shape = (batch, 2, 2, count)
     across = jnp.floor(camera[:, ::-1] / np.float32(grid.block_m)).astype(jnp.int32)
@@ -216,7 +216,9 @@ def _from_junction(grid: Grid, along: Array) -> Array:
 
 def _nearest(camera: Array, groups: list[Things], keep: int) -> Things:
     """Keep the `keep` things nearest to each camera."""
-    joined = Things(*(jnp.concatenate(parts, axis=1) for parts in zip(*groups)))
+    joined = Things(
+        *(jnp.concatenate(parts, axis=1) for parts in zip(*groups, strict=True))
+    )
     distance = jnp.hypot(joined.x - camera[:, :1], joined.y - camera[:, 1:])
     _, order = jax.lax.top_k(-distance, keep)
     return Things(*(jnp.take_along_axis(part, order, axis=1) for part in joined))
