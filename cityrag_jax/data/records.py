@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,13 +118,28 @@ def _builder_class():
     return Panoramas
 
 
-def open_records(folder: Path):
-    """Open the records of a city; indexing gives what `jpeg_of` reads."""
-    import tensorflow_datasets as tfds
+class Records:
+    """The stored JPEG tiles of a city, by record number."""
 
-    builder = tfds.builder_from_directory(os.fspath(folder / "panoramas" / VERSION))
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    return builder.as_data_source("train", deserialize_method=raw)
+    # One thread at a time may import the library: its lazy imports, made by several
+    # threads at once, wait for each other for ever.
+    _importing = threading.Lock()
+
+    def __init__(self, folder: Path):
+        with self._importing:
+            import tensorflow_datasets as tfds
+            from tensorflow_datasets.proto import tf_example_pb2
+
+            path = os.fspath(folder / "panoramas" / VERSION)
+            # Raw, and parsed here: the library's own way takes 70 us more a record.
+            self._source = tfds.builder_from_directory(path).as_data_source(
+                "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+            self._example = tf_example_pb2.Example
+
+    def __getitem__(self, number: int) -> bytes:
+        example = self._example.FromString(self._source[number])
+        return example.features.feature["jpeg"].bytes_list.value[0]
 
 
 def count_records(folder: Path) -> int:
@@ -141,11 +157,3 @@ def count_records(folder: Path) -> int:
         if not (path.parent / name).exists():
             raise ValueError(f"{path.parent / name} is missing; {REBUILD}.")
     return sum(lengths)
-
-
-def jpeg_of(example: bytes) -> bytes:
-    """Take the JPEG bytes out of a stored tf.train.Example."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    features = tf_example_pb2.Example.FromString(example).features
-    return features.feature["jpeg"].bytes_list.value[0]

@@ -34,10 +34,9 @@ from cityrag_jax.data.captures import (
     write_columns,
 )
 from cityrag_jax.data.records import (
+    Records,
     count_records,
     encode_ahead,
-    jpeg_of,
-    open_records,
     write_records,
 )
 from cityrag_jax.geo.panorama import (
@@ -143,8 +142,7 @@ class City:
                 f"{self.folder} holds {stored / TILES:g} panoramas but "
                 f"{len(self)} poses; {REBUILD}."
             )
-        self._source = None
-        self._source_process = -1
+        self._opened = (-1, None)
 
     def __len__(self) -> int:
         return len(self.captures)
@@ -255,13 +253,13 @@ class City:
             )
         return picture
 
-    def _record(self, key: int) -> bytes:
-        if self._source_process != os.getpid():
-            self._source = open_records(self.folder)
-            self._source_process = os.getpid()
+    def _record(self, number: int) -> bytes:
+        process, records = self._opened
+        if process != os.getpid():
+            process, records = self._opened = os.getpid(), Records(self.folder)
             # Crops are made in parallel by the loader; threads inside would compete.
             cv2.setNumThreads(1)
-        return jpeg_of(self._source[key])
+        return records[number]
 
     def check_pictures(self, count: int = 16) -> None:
         """Decode some whole panoramas over the city, to find damage before training."""

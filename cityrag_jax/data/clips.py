@@ -1,0 +1,302 @@
+"""From pairs to clips: yaw augmentation, facing conditions, crops, batches.
+
+A plan says which captures a clip shows and how they face: pure geometry, and the
+provenance that evaluation needs. `make_clip` turns a plan into pictures. Training and
+generation make their conditions by the same `condition_views`.
+
+The loader is Grain's, by index from end to end: the clips of a step follow from the
+seed and the step alone, for any number of processes, threads and workers.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float64, Int64, UInt8
+
+from cityrag_jax.batch import Clip
+from cityrag_jax.data.pairs import Pairs
+from cityrag_jax.data.store import City
+from cityrag_jax.geo.retrieval import drive_stop
+from cityrag_jax.geo.trajectory import (
+    draw_yaw,
+    facing_yaw,
+    headings,
+    relative_poses,
+    yaw_rotation,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of a clip. Defaults are the paper's.
+
+    `condition_frames` bounds the drawn length of the condition, both ends included;
+    every condition is padded to the longer. `yaw_rate_deg` bounds the rotation added
+    between frames; the field of view is horizontal.
+    """
+
+    num_frames: int = 73
+    height: int = 480
+    width: int = 832
+    fov_deg: float = 65.0
+    condition_frames: tuple[int, int] = (61, 81)
+    yaw_rate_deg: tuple[float, float] = (0.0, 2.0)
+
+    def __post_init__(self):
+        shortest, longest = self.condition_frames
+        if not 1 <= shortest <= longest:
+            raise ValueError(
+                f"condition_frames is {self.condition_frames}; give 1 <= shortest <= "
+                "longest."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPlan:
+    """Which captures a clip shows and how they face, before any picture is read.
+
+    `ecef_from_camera` are the target's poses with their yaw. Yaws are relative to the
+    captures' own frames.
+    """
+
+    target_captures: Int64[np.ndarray, " T"]
+    target_yaw_rad: Float64[np.ndarray, " T"]
+    ecef_from_camera: Float64[np.ndarray, "T 4 4"]
+    condition_captures: Int64[np.ndarray, " n"]
+    condition_yaw_rad: Float64[np.ndarray, " n"]
+    clip_id: int
+
+    @property
+    def rotation_deg(self) -> float:
+        """The range of headings that the target sees."""
+        return float(np.rad2deg(np.ptp(np.unwrap(headings(self.ecef_from_camera)))))
+
+
+def plan_clip(
+    city: City,
+    pairs: Pairs,
+    pair: int,
+    config: ClipConfig,
+    rng: np.random.Generator,
+) -> ClipPlan:
+    """Draw a clip of a pair: yaw of the target, length of the condition.
+
+    The condition is shorter than drawn only where its drive ends.
+    """
+    if pairs.num_frames < config.num_frames:
+        raise ValueError(
+            f"{city.folder}: pairs are {pairs.num_frames} frames long, clips "
+            f"{config.num_frames}; mine pairs again for {config.num_frames} frames."
+        )
+    start_a, start_b = int(pairs.start_a[pair]), int(pairs.start_b[pair])
+    yaw = draw_yaw(rng, config.num_frames, config.yaw_rate_deg)
+    shortest, longest = config.condition_frames
+    stop = start_b + int(rng.integers(shortest, longest + 1))
+    stop = min(stop, drive_stop(city.index.drive_edges, start_b))
+    target = np.arange(start_a, start_a + config.num_frames)
+    condition = np.arange(start_b, stop)
+    poses = city.captures.ecef_from_camera
+    ecef_from_camera = poses[target] @ yaw_rotation(yaw)
+    name = f"{city.name}/{start_a}/{start_b}"
+    return ClipPlan(
+        target_captures=target,
+        target_yaw_rad=yaw,
+        ecef_from_camera=ecef_from_camera,
+        condition_captures=condition,
+        condition_yaw_rad=facing_yaw(ecef_from_camera, poses[condition]),
+        clip_id=zlib.crc32(name.encode()),
+    )
+
+
+def make_clip(city: City, plan: ClipPlan, config: ClipConfig) -> Clip:
+    """Read the pictures of a plan."""
+    condition = _views(city, plan.condition_captures, plan.condition_yaw_rad, config)
+    return Clip(
+        frames=_views(city, plan.target_captures, plan.target_yaw_rad, config),
+        first_from_camera=relative_poses(plan.ecef_from_camera),
+        condition=pad_condition(condition, config),
+        condition_length=np.asarray(len(condition), np.int32),
+        clip_id=np.asarray(plan.clip_id, np.uint32),
+    )
+
+
+def path_clip(
+    city: City,
+    first_frame: UInt8[np.ndarray, "H W 3"],
+    ecef_from_camera: Float64[np.ndarray, "T 4 4"],
+    captures: Int64[np.ndarray, " n"],
+    config: ClipConfig,
+    clip_id: int = 0,
+) -> Clip:
+    """Make the clip to generate: a first frame, a path and retrieved captures.
+
+    `captures` come from `retrieval.follow_drive`; at most as many are used as the
+    longest condition holds.
+    """
+    wanted = (config.height, config.width, 3)
+    if first_frame.shape != wanted:
+        raise ValueError(
+            f"The first frame is {first_frame.shape}, clips are {wanted}; resize it."
+        )
+    captures = captures[: config.condition_frames[1]]
+    condition = condition_views(city, ecef_from_camera, captures, config)
+    return Clip(
+        frames=first_frame[None],
+        first_from_camera=relative_poses(ecef_from_camera),
+        condition=pad_condition(condition, config),
+        condition_length=np.asarray(len(condition), np.int32),
+        clip_id=np.asarray(clip_id, np.uint32),
+    )
+
+
+def condition_views(
+    city: City,
+    target_ecef_from_camera: Float64[np.ndarray, "T 4 4"],
+    captures: Int64[np.ndarray, " n"],
+    config: ClipConfig,
+) -> UInt8[np.ndarray, "n H W 3"]:
+    """Crop captures of another drive so that they face as the target does nearby."""
+    poses = city.captures.ecef_from_camera[captures]
+    yaw_rad = facing_yaw(target_ecef_from_camera, poses)
+    return _views(city, captures, yaw_rad, config)
+
+
+def pad_condition(
+    condition: UInt8[np.ndarray, "n H W 3"], config: ClipConfig
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """Repeat the last frame up to the longest condition: one static shape."""
+    longest = config.condition_frames[1]
+    index = np.minimum(np.arange(longest), len(condition) - 1)
+    return condition[index]
+
+
+def _views(city: City, captures, yaw_rad, config: ClipConfig) -> np.ndarray:
+    return city.crops(
+        captures,
+        yaw_rad,
+        height=config.height,
+        width=config.width,
+        fov_deg=config.fov_deg,
+    )
+
+
+def stack_clips(clips: Sequence[Clip]) -> Clip:
+    """Join clips into a batch."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *clips)
+
+
+def held_out_plans(
+    city: City,
+    pairs: Pairs,
+    config: ClipConfig,
+    count: int,
+    *,
+    seed: int = 0,
+    min_rotation_deg: float = 45.0,
+) -> list[ClipPlan]:
+    """Choose held-out clips for evaluation, the same ones for a seed always.
+
+    As in the paper, those drawn at random that turn at least `min_rotation_deg`.
+    """
+    held_out = pairs.evaluation
+    order = np.random.default_rng(seed).permutation(len(held_out))
+    chosen = []
+    for pair in order.tolist():
+        start = int(held_out.start_a[pair]), int(held_out.start_b[pair])
+        rng = np.random.default_rng([seed, *start])
+        plan = plan_clip(city, held_out, pair, config, rng)
+        if plan.rotation_deg >= min_rotation_deg:
+            chosen.append(plan)
+        if len(chosen) == count:
+            return chosen
+    raise ValueError(
+        f"{city.folder} has {len(held_out)} held-out pairs, {len(chosen)} of them turn "
+        f"{min_rotation_deg} degrees or more, but {count} clips are wanted; ask for "
+        "fewer or hold out more of the city."
+    )
+
+
+def held_out_clips(
+    city: City, pairs: Pairs, config: ClipConfig, count: int, **kwargs
+) -> list[Clip]:
+    """Read the clips of `held_out_plans`."""
+    plans = held_out_plans(city, pairs, config, count, **kwargs)
+    return [make_clip(city, plan, config) for plan in plans]
+
+
+class DrawClip:
+    """Grain's random map from the number of a pair, over all cities, to a clip."""
+
+    def __init__(self, sources: Sequence[tuple[City, Pairs]], config: ClipConfig):
+        self._sources = tuple(sources)
+        self._config = config
+        self._stops = np.cumsum([len(pairs) for _, pairs in sources])
+
+    def random_map(self, element: int, rng: np.random.Generator) -> Clip:
+        source = int(np.searchsorted(self._stops, element, "right"))
+        city, pairs = self._sources[source]
+        pair = int(element) - (int(self._stops[source - 1]) if source else 0)
+        plan = plan_clip(city, pairs, pair, self._config, rng)
+        return make_clip(city, plan, self._config)
+
+
+def training_clips(
+    sources: Sequence[tuple[City, Pairs]],
+    config: ClipConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    num_workers: int = 0,
+):
+    """Give this process's share of endless batches, from `start_step` on.
+
+    `batch_size` is that of all processes together. Step k holds the same clips
+    whatever the start, the processes, threads and workers: to resume, the step is
+    enough. Close the iterator when done.
+    """
+    import grain
+
+    if batch_size % process_count:
+        raise ValueError(
+            f"A batch of {batch_size} does not divide among {process_count} processes; "
+            f"use {max(1, batch_size // process_count) * process_count}."
+        )
+    total = sum(len(pairs) for _, pairs in sources)
+    if total == 0:
+        names = ", ".join(str(city.folder) for city, _ in sources)
+        raise ValueError(f"No training pairs in {names or 'no city'}; mine some.")
+
+    class Draw(DrawClip, grain.transforms.RandomMap):
+        pass
+
+    share = batch_size // process_count
+    clips = grain.MapDataset.range(total).seed(seed).shuffle().repeat()
+    # Drawing before the split makes a clip independent of the number of processes.
+    clips = clips.random_map(Draw(sources, config))[process_index::process_count]
+    # Batching before the split into workers keeps the order of a single process.
+    batches = clips.batch(share, drop_remainder=True)[start_step:]
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16)
+    dataset = batches.to_iter_dataset(options)
+    if num_workers:
+        _mark_flags_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.multiprocessing.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=2
+            )
+        )
+    return iter(dataset)
+
+
+def _mark_flags_as_parsed() -> None:
+    """Let Grain 0.2.18's workers start where absl has parsed no flags (grain #1355)."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
