@@ -657,9 +657,11 @@ class _renamed:
         if kind is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
             return
+        replaced = self.temporary.with_suffix(".replaced")
         if self.path.exists():
-            shutil.rmtree(self.path)
+            os.rename(self.path, replaced)
         os.rename(self.temporary, self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -93,11 +93,17 @@ class Task(abc.ABC):
         )
 
 
-def make_task(config: ConfigDict, start: Bundle | None) -> Task:
-    """Build the config's task; `start` is the model of `train.init_from`, if any."""
+def make_task(config: ConfigDict, start: Bundle | None, resumed: bool = False) -> Task:
+    """Build the config's task; `start` is the model of `train.init_from`, if any.
+
+    A resumed training has what it needs (`base/` of its workdir) in `start` instead.
+    """
     tasks = {"CityRAG": CityRAG, "VAEReconstruction": VAEReconstruction}
     if config.task not in tasks:
         raise ValueError(f"config.task is {config.task!r}; choose of {sorted(tasks)}.")
+    if resumed and config.task == "CityRAG":
+        config = config.copy_and_resolve_references()
+        config.model.vae = ""
     return tasks[config.task](config, start)
 
 

@@ -1,0 +1,482 @@
+"""Train CityRAG or its autoencoder, on a laptop or a pod, by one command:
+
+    python -m cityrag_jax.train --config=configs/toy_city.py[:variant] --workdir=DIR
+        [--config.section.key=value ...]
+
+Everything is checked before training starts. Killed at any moment and started again
+with the same command, it goes on from the last whole checkpoint, as if nothing had
+happened. DIR will hold:
+
+    config.json      the config; another one is refused
+    base/            what training does not change: autoencoder, prompt
+    checkpoints/     the last few, each a folder named after its step
+    metrics.jsonl    losses and speed
+    model/           the finished model, for generate and evaluate
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict, config_flags
+
+from cityrag_jax.batch import latent_shape
+from cityrag_jax.checkpoint import (
+    TrainingCheckpoints,
+    abstract_model,
+    latest_model,
+    load_bundle,
+    parameter_shardings,
+    parameters,
+    save_bundle,
+    stacked_parameters,
+)
+from cityrag_jax.parallel import make_mesh
+from cityrag_jax.training.examples import (
+    draw_batch,
+    fill_pool,
+    held_out_examples,
+    open_cities,
+    stream,
+)
+from cityrag_jax.training.log import TrainingLog
+from cityrag_jax.training.optimizer import (
+    OptimizerConfig,
+    label_parameters,
+    make_optimizer,
+)
+from cityrag_jax.training.step import (
+    TrainState,
+    check_finite,
+    init_state,
+    make_step,
+    state_shardings,
+)
+from cityrag_jax.training.tasks import Examples, Task, describe_model, make_task
+
+STATISTICS_BATCHES = 32
+GROUPS = ("params", "ema", "optimizer")
+# A training may be continued with another limit of time.
+FREE_KEYS = ("train.max_seconds",)
+
+
+def train(config: ConfigDict, workdir: Path | str) -> Path:
+    """Train to the end or the limit of time; return the folder of the finished model.
+
+    Raises ValueError for anything wrong with config, cities or workdir before training,
+    and FloatingPointError if losses stay non-finite.
+    """
+    workdir = Path(workdir).absolute()
+    check_config(config)
+    sources = open_cities(config.data.city)
+    claim_workdir(workdir, config)
+    sizes = dict(config.train.mesh)
+    mesh = make_mesh(**sizes) if np.prod(list(sizes.values())) > 1 else None
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        with TrainingCheckpoints(
+            workdir / "checkpoints", keep=config.train.keep, writable=True
+        ) as checkpoints:
+            return _Training(config, workdir, mesh, sources, checkpoints).run()
+
+
+class _Training:
+    """One process's part in a training: set up in `__init__`, then `run`."""
+
+    def __init__(self, config, workdir, mesh, sources, checkpoints):
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.sources, self.checkpoints = sources, checkpoints
+        self.task = self._make_task()
+        model = abstract_model(self.task.description)
+        self.stacked = stacked_parameters(model)
+        self.shardings = parameter_shardings(model, mesh)
+        options = OptimizerConfig(**config.optimizer)
+        self.labels = label_parameters(parameters(model), options.frozen)
+        steps = config.train.steps
+        self.optimizer = make_optimizer(options, self.labels, steps, mesh)
+        abstract = jax.eval_shape(self._init, parameters(model))
+        self.state_shardings = None
+        if mesh is not None:
+            self.state_shardings = state_shardings(
+                abstract, self.optimizer, self.shardings, mesh
+            )
+        self.abstract = _with_shardings(abstract, self.state_shardings)
+
+    def _make_task(self) -> Task:
+        """Make the task from the start model, or when resuming from what was kept."""
+        base = self.workdir / "base"
+        if self.checkpoints.steps:
+            return make_task(self.config, load_bundle(base, mesh=self.mesh), True)
+        start = None
+        if self.config.train.init_from:
+            start = latest_model(self.config.train.init_from, mesh=self.mesh)
+        task = make_task(self.config, start)
+        save_bundle(base, task.base, overwrite=True)
+        return task
+
+    def _init(self, params: dict[str, Any]) -> TrainState:
+        return init_state(params, self.optimizer, self.config.train.ema_decay)
+
+    def restore(self) -> TrainState:
+        """Give the newest checkpoint's state, or a new one."""
+        if not self.checkpoints.steps:
+            params = self.task.initial_parameters(self.shardings)
+            return jax.jit(self._init, out_shardings=self.state_shardings)(params)
+        wanted = {name: getattr(self.abstract, name) for name in GROUPS}
+        wanted["step"] = {"step": self.abstract.step}
+        groups, notes = self.checkpoints.restore(wanted, self.stacked)
+        if notes["seed"] != self.config.seed:
+            raise ValueError(
+                f"The checkpoint was trained with seed {notes['seed']}, the config has "
+                f"{self.config.seed}; use another workdir."
+            )
+        return TrainState(groups.pop("step")["step"], **groups)
+
+    def run(self) -> Path:
+        config, task = self.config, self.task
+        path = self.workdir / "model"
+        if config.train.steps in self.checkpoints.steps and path.exists():
+            print(f"Training has ended before, at step {config.train.steps}.")
+            print(describe_end(config, path))
+            return path
+        state = self.restore()
+        first = int(state.step)
+        held_out = held_out_examples(task, self.sources, config, self.mesh)
+        measure = jax.jit(task.held_out_loss)
+        update, examples = self._make_update(first)
+        log = TrainingLog(
+            self.workdir,
+            first,
+            config.train.steps,
+            tensorboard=config.train.tensorboard,
+        )
+        log.say(describe_start(config, self.labels, state.params, first))
+        losses, step, clock = _Losses(config.train.patience), first, None
+        intervals = config.train
+        held = {"held_out": measure_held_out(measure, state, held_out)}
+        log.write(first, held)
+        while step < intervals.steps:
+            state, metrics = update(state, next(examples))
+            losses.add(step, metrics)
+            step += 1
+            if clock is None:
+                jax.block_until_ready(metrics)  # compilation does not count
+                clock = time.monotonic()
+            spent = time.monotonic() - clock
+            last = step == intervals.steps or 0 < intervals.max_seconds < spent
+            save = step % intervals.checkpoint_interval == 0 or last
+            evaluate = step % config.eval.interval == 0 or last
+            if step % intervals.log_interval == 0 or save or evaluate:
+                report = losses.collect()
+                if evaluate:
+                    held = {"held_out": measure_held_out(measure, state, held_out)}
+                    report |= held
+                log.report(step, report)
+            if save and losses.healthy:
+                self._save(step, state)
+            if last:
+                break
+        log.close()
+        if not losses.healthy:
+            raise FloatingPointError(
+                f"The last updates, up to {step}, were not finite."
+            )
+        return self._finish(state, step, held["held_out"])
+
+    def _make_update(self, first: int):
+        """Give the jitted update and the iterator of what it takes."""
+        config, task = self.config, self.task
+        size = config.train.batch_size
+        loss = task.loss
+        if config.train.pool:
+            pool = fill_pool(task, self.sources, config, self.mesh)
+
+            def loss(params, pool, step):
+                batch = draw_batch(pool, config.seed, step, size)
+                return task.loss(params, batch, step)
+
+            examples = _repeat(pool)
+        else:
+            clips = stream(self.sources, config, first, self.mesh)
+            examples = (task.encode(clip) for clip in clips)
+        update = make_step(
+            loss,
+            self.optimizer,
+            self.labels,
+            config.train.ema_decay,
+            self.state_shardings,
+        )
+        return update, examples
+
+    def _save(self, step: int, state: TrainState) -> None:
+        groups = {name: getattr(state, name) for name in GROUPS}
+        notes = {"part": self.task.part, "seed": self.config.seed, "next_batch": step}
+        if step not in self.checkpoints.steps:
+            self.checkpoints.save(
+                step, groups | {"step": {"step": state.step}}, notes, self.stacked
+            )
+
+    def _finish(self, state: TrainState, step: int, held_out: float) -> Path:
+        """Write `model/`: averaged parameters if there are any."""
+        self.checkpoints.wait()
+        bundle = self.task.finish(state.ema or state.params, self._some_examples(step))
+        path = self.workdir / "model"
+        save_bundle(path, bundle, dtype=self.config.train.save_dtype, overwrite=True)
+        print(f"Step {step}, held-out loss {held_out:.4f}.")
+        print(describe_end(self.config, path))
+        return path
+
+    def _some_examples(self, step: int) -> Iterator[Examples]:
+        clips = stream(self.sources, self.config, 0, self.mesh)
+        for _, clip in zip(range(STATISTICS_BATCHES), clips, strict=False):
+            yield self.task.encode(clip)
+
+
+class _Losses:
+    """Metrics of the steps since the last report, left on the device until then."""
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.healthy = True
+        self._steps, self._metrics = [], []
+        self._bad = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._steps.append(step)
+        self._metrics.append(metrics)
+
+    def collect(self) -> dict[str, float]:
+        """Average over the finite steps; raise after `patience` bad ones in a row."""
+        metrics = jax.device_get(self._metrics)
+        steps = self._bad + self._steps
+        refused = [True] * len(self._bad) + [bool(m["refused"]) for m in metrics]
+        check_finite(steps, refused, self.patience)
+        good = len(refused) - refused[::-1].index(False) if False in refused else 0
+        self._bad = steps[good:]
+        self.healthy = not self._bad
+        mean = {
+            name: float(
+                np.mean([m[name] for m in metrics if not m["refused"]] or np.nan)
+            )
+            for name in metrics[0]
+            if name != "refused"
+        }
+        mean["refused"] = float(sum(bool(m["refused"]) for m in metrics))
+        self._steps, self._metrics = [], []
+        return mean
+
+
+def measure_held_out(measure, state: TrainState, batches: list[Examples]) -> float:
+    """Average the held-out loss of the averaged parameters, if there are any."""
+    losses = [measure(state.ema or state.params, batch) for batch in batches]
+    return float(np.mean(np.concatenate(jax.device_get(losses))))
+
+
+def _repeat(x: Examples) -> Iterator[Examples]:
+    while True:
+        yield x
+
+
+def _with_shardings(abstract: TrainState, shardings: TrainState | None) -> TrainState:
+    if shardings is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: here, abstract)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Checks, before anything trains
+# --------------------------------------------------------------------------------------
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise ValueError with everything in the config that cannot work."""
+    problems = []
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            problems.append(message)
+
+    t, data = config.train, config.data
+    mesh = dict(t.mesh)
+    devices = jax.device_count()
+    count = int(np.prod(list(mesh.values())))
+    require(
+        count in (1, devices),
+        f"train.mesh {mesh} has {count} places for {devices} devices; its product must "
+        f"be {devices}, or 1 to use one device.",
+    )
+    ways = mesh["data"] * mesh["fsdp"]
+    require(
+        t.batch_size % ways == 0,
+        f"train.batch_size {t.batch_size} does not divide over data x fsdp = {ways}.",
+    )
+    require(
+        config.eval.clips % min(t.batch_size, config.eval.clips) == 0,
+        f"eval.clips {config.eval.clips} must be a multiple of train.batch_size "
+        f"{t.batch_size}, or not more.",
+    )
+    require(
+        not t.pool or t.pool >= t.batch_size,
+        f"train.pool {t.pool} is smaller than train.batch_size {t.batch_size}; use 0 "
+        "to stream.",
+    )
+    for name in ("steps", "log_interval", "checkpoint_interval", "keep", "patience"):
+        require(t[name] >= 1, f"train.{name} is {t[name]}; it must be 1 or more.")
+    require(
+        t.save_dtype in ("float32", "bfloat16"),
+        f"train.save_dtype is {t.save_dtype!r}; choose float32 or bfloat16.",
+    )
+    require(
+        0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."
+    )
+    if config.task == "CityRAG":
+        _check_transformer(config, mesh, require)
+    try:
+        latent_shape(data.num_frames, data.height, data.width)
+    except ValueError as error:
+        problems.append(f"data: {error}")
+    if problems:
+        raise ValueError("The config does not work:\n  " + "\n  ".join(problems))
+
+
+def _check_transformer(config, mesh, require):
+    heads = describe_model(config)["config"]["num_heads"]
+    require(
+        heads % mesh["sequence"] == 0,
+        f"The transformer's {heads} heads do not divide over train.mesh.sequence = "
+        f"{mesh['sequence']}.",
+    )
+    drop = config.train.drop_probability
+    require(0 <= drop < 1, f"train.drop_probability {drop} must be 0 to 1.")
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Write the config into a new workdir, or compare it with that of a used one."""
+    path = workdir / "config.json"
+    flat = flatten_config(config)
+    if path.exists():
+        compare_configs(json.loads(path.read_text()), flat, workdir)
+        return
+    if (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir} has checkpoints but no config.json; use another.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
+    temporary.rename(path)
+
+
+def flatten_config(config: ConfigDict) -> dict[str, Any]:
+    """Give all values by dotted key, as JSON would return them."""
+    flat = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, ConfigDict):
+            for key in value:
+                visit(f"{prefix}.{key}" if prefix else key, value[key])
+        else:
+            flat[prefix] = value
+
+    visit("", config)
+    return json.loads(json.dumps(flat))
+
+
+def compare_configs(
+    stored: dict[str, Any], given: dict[str, Any], workdir: Path
+) -> None:
+    """Raise ValueError that names every key whose value differs, with both values."""
+    absent = "(absent)"
+    lines = [
+        f"{key}: {stored.get(key, absent)!r} there, {given.get(key, absent)!r} now"
+        for key in sorted(stored.keys() | given.keys())
+        if key not in FREE_KEYS and stored.get(key, absent) != given.get(key, absent)
+    ]
+    if lines:
+        raise ValueError(
+            f"{workdir} was trained with another config:\n  "
+            + "\n  ".join(lines)
+            + "\nRepeat the old command to go on, or choose another --workdir (with "
+            "--config.train.init_from to start from this model)."
+        )
+
+
+# --------------------------------------------------------------------------------------
+# What a person reads
+# --------------------------------------------------------------------------------------
+
+
+def describe_start(config, labels, params, first: int) -> str:
+    """Say what is trained, by what, and from where."""
+    sizes = {label: 0 for label in ("muon", "adam", "frozen")}
+    for name, label in labels.items():
+        sizes[label] += int(np.prod(params[name].shape))
+    total = sum(sizes.values())
+    parts = ", ".join(f"{label} {n:,}" for label, n in sizes.items() if n)
+    begin = f"going on from step {first}" if first else "from step 0"
+    if config.train.init_from and not first:
+        begin += f" with {config.train.init_from}"
+    return f"{config.task}: {total:,} parameters ({parts}); {begin}."
+
+
+def describe_end(config: ConfigDict, path: Path) -> str:
+    """Say where the model is and what to do with it."""
+    if config.task == "VAEReconstruction":
+        return (
+            f"The autoencoder is in {path}. Next: python -m cityrag_jax.train "
+            f"--config=configs/toy_city.py --config.model.vae={path} --workdir=DIR"
+        )
+    return (
+        f"The model is in {path}. Next: python -m cityrag_jax.evaluate "
+        f"--config=CONFIG --checkpoint={path} --city={config.data.city} --out=DIR"
+    )
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parse flags; an unknown config key becomes one line instead of a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        message = str(error.args[0]).replace("\\n", " ").replace("\n", " ")
+        keys = [a.split("=")[0] for a in argv if a.startswith("--config.")]
+        sys.exit(f"error: unknown config key in {' '.join(keys)}: {message}")
+
+
+def main(argv: list[str]) -> None:
+    """Run the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
+    config = _CONFIG.value
+    if not isinstance(config, ConfigDict):
+        sys.exit("error: the file given by --config cannot be read; does it exist?")
+    try:
+        train(config, _WORKDIR.value)
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Python file with get_config(variant), such as configs/toy_city.py:demo. Change "
+    "values by --config.section.key=value.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of this training; the same one goes on with it."
+)
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,82 @@
+"""CityRAG on Wan 2.1 I2V-14B at 480P, as the paper trains it (appendix C).
+
+    python -m cityrag_jax.train --config=configs/cityrag_14b.py \\
+        --config.train.init_from=CONVERTED --config.data.city=DIR --workdir=DIR
+
+73 frames of 832x480, Muon at a fixed 1e-5 with warm-up, 20,000 updates; the paper used
+32 A100. The mesh is meant for 64 devices: 8 ways to shard parameters and batch, 8 ways
+to share a clip's tokens. Not trained by us yet; training needs CLIP features of the
+first image, which are not computed yet.
+
+Text cross-attention is frozen as the paper says; its image twin and the embedders of
+text and image too (*assumed*). Batch and warm-up are *assumed*.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Give the only config; there are no variants."""
+    if variant is not None:
+        raise ValueError(f"configs/cityrag_14b.py has no variants, not {variant!r}.")
+    config = ConfigDict()
+    config.task = "CityRAG"
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.city = ""  # folders, separated by commas
+    config.data.num_frames = 73
+    config.data.height = 480
+    config.data.width = 832
+    config.data.fov_deg = 65.0
+    config.data.condition_frames = (61, 81)
+    config.data.yaw_rate_deg = (0.0, 2.0)
+    config.data.threads = 16
+    config.data.workers = 4
+
+    config.model = ConfigDict()
+    config.model.preset = "i2v_14b"
+    config.model.transformer = ConfigDict(dict(dtype="bfloat16", remat=True))
+    config.model.pose = ConfigDict(dict(hidden=512))
+    config.model.geo = ConfigDict(dict(latent_channels=16, same_place_bias=0.0))
+    config.model.vae = ""  # a folder; empty: that of train.init_from
+    config.model.text = "from_checkpoint"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.adam_learning_rate = 1e-5
+    config.optimizer.warmup_steps = 500
+    config.optimizer.decay_fraction = 0.0
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.frozen = (
+        "blocks.cross_attention.*",
+        "text_embedding.*",
+        "image_embedding.*",
+    )
+    config.optimizer.newton_schulz_dtype = "bfloat16"
+
+    config.train = ConfigDict()
+    config.train.steps = 20_000
+    config.train.batch_size = 32
+    config.train.pool = 0
+    config.train.shift = 3.0
+    config.train.drop_probability = 0.1
+    config.train.ema_decay = 0.0
+    config.train.patience = 3
+    config.train.max_seconds = 0.0
+    config.train.init_from = ""
+    config.train.mesh = ConfigDict(dict(data=1, fsdp=8, sequence=8))
+    config.train.log_interval = 10
+    config.train.checkpoint_interval = 500
+    config.train.keep = 3
+    config.train.save_dtype = "bfloat16"
+    config.train.tensorboard = True
+
+    config.eval = ConfigDict()
+    config.eval.interval = 500
+    config.eval.clips = 32
+    config.eval.min_rotation_deg = 0.0
+    config.eval.seed = 0
+    config.eval.draws = 1
+    return config.lock()

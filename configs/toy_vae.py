@@ -1,0 +1,129 @@
+"""The toy city's video autoencoder: Wan's architecture, about 2 M parameters.
+
+    python -m cityrag_jax.train --config=configs/toy_vae.py:gpu \\
+        --config.data.city=DIR --workdir=DIR
+
+gpu     one H200, about 5 minutes; about 28 dB on held-out clips
+demo    two CPU cores, a few minutes: shows falling losses only
+test    seconds, for the tests
+
+L1 + 0.5 L1 of gradients + MSE + a small KL, Adam 2e-3. At the end mean and standard
+deviation of the latents are measured and stored with the model.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Give the config of a variant: gpu (default), demo or test."""
+    variants = {None: dict, "gpu": dict, "demo": _demo, "test": _test}
+    if variant not in variants:
+        raise ValueError(f"configs/toy_vae.py has gpu, demo and test, not {variant!r}.")
+    config = _gpu()
+    config.update(variants[variant]())
+    return config.lock()
+
+
+def _gpu() -> ConfigDict:
+    config = ConfigDict()
+    config.task = "VAEReconstruction"
+    config.seed = 0
+
+    config.data = ConfigDict()
+    config.data.city = ""  # folders, separated by commas
+    config.data.num_frames = 33
+    config.data.height = 96
+    config.data.width = 160
+    config.data.fov_deg = 65.0
+    config.data.condition_frames = (29, 37)
+    config.data.yaw_rate_deg = (0.0, 4.0)
+    config.data.threads = 16
+    config.data.workers = 0
+
+    config.model = ConfigDict()
+    config.model.autoencoder = ConfigDict(
+        dict(
+            base_dim=12,
+            z_dim=16,
+            dim_mult=(1, 2, 4, 4),
+            num_res_blocks=2,
+            temporal_downsample=(False, True, True),
+            dtype="float32",
+        )
+    )
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.adam_learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay_fraction = 0.6
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.frozen = ()
+    config.optimizer.newton_schulz_dtype = "float32"
+
+    config.train = ConfigDict()
+    config.train.steps = 6000
+    config.train.batch_size = 16
+    config.train.pool = 2048
+    config.train.window_frames = 17
+    config.train.kl_weight = 1e-4
+    config.train.ema_decay = 0.998
+    config.train.patience = 3
+    config.train.max_seconds = 0.0
+    config.train.init_from = ""
+    config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
+    config.train.log_interval = 50
+    config.train.checkpoint_interval = 2000
+    config.train.keep = 2
+    config.train.save_dtype = "bfloat16"
+    config.train.tensorboard = False
+
+    config.eval = ConfigDict()
+    config.eval.interval = 500
+    config.eval.clips = 64
+    config.eval.min_rotation_deg = 0.0
+    config.eval.seed = 0
+    return config
+
+
+def _demo() -> dict:
+    """Two cores."""
+    return dict(
+        data=dict(threads=2),
+        train=dict(
+            steps=400,
+            batch_size=2,
+            pool=32,
+            window_frames=9,
+            max_seconds=120.0,
+            log_interval=1,
+            checkpoint_interval=100,
+        ),
+        eval=dict(interval=100, clips=4),
+    )
+
+
+def _test() -> dict:
+    """The smallest: base width 4, 9 frames of 32x48."""
+    return dict(
+        data=dict(
+            num_frames=9,
+            height=32,
+            width=48,
+            condition_frames=(5, 13),
+            threads=2,
+        ),
+        model=dict(autoencoder=dict(base_dim=4)),
+        optimizer=dict(warmup_steps=5),
+        train=dict(
+            steps=20,
+            batch_size=4,
+            pool=16,
+            window_frames=5,
+            log_interval=5,
+            checkpoint_interval=5,
+            save_dtype="float32",
+        ),
+        eval=dict(interval=10, clips=4),
+    )

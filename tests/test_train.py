@@ -1,0 +1,312 @@
+"""The trainer: what it learns, stores, resumes and refuses."""
+
+import importlib.util
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import training_city
+from ml_collections import ConfigDict
+
+from cityrag_jax import train as trainer
+from cityrag_jax.checkpoint import (
+    TrainingCheckpoints,
+    abstract_model,
+    draw_parameters,
+    latest_model,
+    parameters,
+)
+from cityrag_jax.training.examples import draw_batch
+from cityrag_jax.training.log import TrainingLog, read_metrics
+from cityrag_jax.training.step import average, check_finite, init_state, make_step
+from cityrag_jax.training.tasks import describe_model, make_task
+
+
+def get_config(name: str, variant: str = "test", **changes) -> ConfigDict:
+    path = training_city.ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant)
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {key.replace("__", "."): value for key, value in changes.items()}
+        )
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A city and an autoencoder; compiled programs are shared by the runs below."""
+    folder = tmp_path_factory.mktemp("train")
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    training_city.build_city(folder / "city")
+    training_city.save_vae(folder / "vae")
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return get_config(
+        "toy_city",
+        data__city=str(folder / "city"),
+        model__vae=str(folder / "vae"),
+        train__steps=10,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(folder, config):
+    trainer.train(config, folder / "finished")
+    return folder / "finished"
+
+
+def _checkpoint_parameters(workdir):
+    """All parameters of the newest checkpoint, as stored."""
+    with TrainingCheckpoints(workdir / "checkpoints") as checkpoints:
+        record = checkpoints._read_record(checkpoints.steps[-1])
+    return record["digests"]
+
+
+def test_training_learns_and_leaves_a_model(finished):
+    lines = read_metrics(finished)
+    held_out = [line["held_out"] for line in lines if "held_out" in line]
+    assert held_out[-1] < held_out[0]
+    assert {line["step"] for line in lines} >= {0, 5, 10}
+    assert all(line["refused"] == 0 for line in lines if "loss" in line)
+    bundle = latest_model(finished)
+    assert set(bundle.modules) == {"transformer", "vae"}
+    assert bundle.text.shape == (1, 8)
+
+
+def test_a_resumed_training_is_bitwise_the_same(folder, config, finished):
+    """As if killed behind step 5: digests of parameters, average, optimiser."""
+    again = folder / "again"
+    shutil.copytree(finished, again)
+    shutil.rmtree(again / "model")
+    shutil.rmtree(again / "checkpoints" / "10")
+    trainer.train(config, again)
+    assert _checkpoint_parameters(again) == _checkpoint_parameters(finished)
+    steps = [line["step"] for line in read_metrics(again)]
+    assert steps == sorted(steps)
+
+
+def test_a_finished_training_is_left_alone(config, finished, capsys):
+    before = (finished / "model" / "bundle.json").stat().st_mtime_ns
+    trainer.train(config, finished)
+    assert "ended before" in capsys.readouterr().out
+    assert (finished / "model" / "bundle.json").stat().st_mtime_ns == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(config, finished):
+    other = config.copy_and_resolve_references()
+    other.optimizer.learning_rate = 0.5
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
+        trainer.train(other, finished)
+
+
+def test_streaming_stops_at_the_limit_of_time_and_starts_from_a_model(
+    folder, config, finished
+):
+    changed = config.copy_and_resolve_references()
+    changed.train.pool = 0
+    changed.train.max_seconds = 1e-3
+    changed.train.init_from = str(finished)
+    changed.model.vae = ""
+    trainer.train(changed, folder / "limited")
+    lines = read_metrics(folder / "limited")
+    last = read_metrics(finished)[-1]
+    assert lines[-1]["step"] < 10
+    assert lines[0]["held_out"] == pytest.approx(last["held_out"], rel=1e-6)
+
+
+def test_the_autoencoder_learns_and_measures_its_latents(folder):
+    config = get_config(
+        "toy_vae", data__city=str(folder / "city"), train__steps=10, train__pool=8
+    )
+    trainer.train(config, folder / "vae_run")
+    lines = read_metrics(folder / "vae_run")
+    held_out = [line["held_out"] for line in lines if "held_out" in line]
+    assert held_out[-1] < held_out[0]
+    vae = latest_model(folder / "vae_run").modules["vae"]
+    assert vae.config.latent_mean != (0.0,) * 16
+    assert min(vae.config.latent_std) > 0
+
+
+def _task(config):
+    return make_task(config, None)
+
+
+def test_the_loss_of_a_clip_does_not_depend_on_its_batch(config):
+    """Noise, time and drops follow the clip: order and company change nothing."""
+    task = _task(config)
+    params = draw_parameters(task.description, 0)
+    rng = np.random.default_rng(0)
+    params = {n: x + 0.1 * rng.normal(size=x.shape) for n, x in params.items()}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    examples = {
+        "latents": normal(4, 3, 4, 6, 16),
+        "first_frame": normal(4, 3, 4, 6, 20),
+        "geo_latents": normal(4, 4, 4, 6, 16),
+        "geo_length": np.array([2, 4, 3, 2], np.int32),
+        "poses": normal(4, 9, 4, 4),
+        "clip_id": np.array([5, 6, 7, 8], np.uint32),
+    }
+    loss = jax.jit(lambda e: task.loss(params, e, jnp.int32(3))[0])
+    whole = loss(examples)
+    assert loss(_take(examples, [2, 0, 3, 1])) == pytest.approx(whole, rel=1e-6)
+    halves = [loss(_take(examples, i)) for i in ([0, 1], [2, 3])]
+    assert np.mean(halves) == pytest.approx(whole, rel=1e-6)
+
+
+def _take(examples, index):
+    return {n: x[np.array(index)] for n, x in examples.items()}
+
+
+def test_conditions_are_dropped_independently_one_time_in_ten(config):
+    task = _task(config)
+    seen = []
+    task._flow_loss = lambda params, examples, key, pose, geo: (
+        seen.append((pose, geo)),
+        None,
+    )
+    count = 4000
+    task.loss({}, {"clip_id": jnp.arange(count, dtype=jnp.uint32)}, jnp.int32(0))
+    pose, geo = np.asarray(seen[0])
+    assert abs((pose == 0).mean() - 0.1) < 0.02
+    assert abs((geo == 0).mean() - 0.1) < 0.02
+    assert abs(((pose == 0) & (geo == 0)).mean() - 0.01) < 0.01
+
+
+def _toy_step():
+    """A single weight pulled to its batch, which may be NaN."""
+    optimizer = optax.adam(0.1)
+
+    def loss(params, batch, step):
+        return jnp.sum((params["w"] - batch) ** 2), {}
+
+    step = make_step(loss, optimizer, {"w": "adam"}, ema_decay=0.9)
+    return init_state({"w": jnp.ones(3)}, optimizer, 0.9), step
+
+
+def test_an_update_that_is_not_finite_changes_nothing():
+    state, step = _toy_step()
+    state, metrics = step(state, jnp.zeros(3))
+    assert not metrics["refused"]
+    before = jax.device_get(state)
+    state, metrics = step(state, jnp.full(3, jnp.nan))
+    assert metrics["refused"]
+    assert int(state.step) == 2
+    for name in ("params", "ema", "optimizer"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(before, name)),
+            jax.tree.leaves(getattr(state, name)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_repeated_non_finite_losses_name_the_steps():
+    check_finite([1, 2, 3, 4], [True, True, False, True], patience=3)
+    with pytest.raises(FloatingPointError, match="steps 7 to 9"):
+        check_finite([6, 7, 8, 9], [False, True, True, True], patience=3)
+
+
+def test_the_average_forgets_the_start():
+    """The first update replaces it; later 2 / (n + 2), at last 1 - decay."""
+    ema, new = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
+    weights = [float(average(ema, new, jnp.int32(n), 0.9)["w"]) for n in (0, 2, 1000)]
+    np.testing.assert_allclose(weights, [1.0, 0.5, 0.1], rtol=1e-6)
+
+
+def test_a_pool_batch_has_no_example_twice():
+    pool = {"clip_id": jnp.arange(10), "x": 2 * jnp.arange(10)}
+    batches = [draw_batch(pool, 0, jnp.int32(step), 6) for step in (0, 0, 1)]
+    for batch in batches:
+        assert len(set(batch["clip_id"].tolist())) == 6
+        np.testing.assert_array_equal(batch["x"], 2 * batch["clip_id"])
+    assert batches[0]["clip_id"].tolist() == batches[1]["clip_id"].tolist()
+    assert batches[0]["clip_id"].tolist() != batches[2]["clip_id"].tolist()
+
+
+def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
+    log = TrainingLog(tmp_path, 0, 20, tensorboard=False)
+    for step in (5, 10, 15):
+        log.report(step, {"loss": float("nan") if step == 5 else 1.0})
+    log.close()
+    TrainingLog(tmp_path, 10, 20, tensorboard=False).close()
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [5, 10]
+    assert lines[0]["loss"] == "nan"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(train__mesh__data=3), "train.mesh"),
+        (dict(train__mesh__sequence=8, model__transformer__num_heads=4), "4 heads"),
+        (dict(train__mesh__data=8), "batch_size 4 does not divide"),
+        (dict(data__height=40), "multiples of 16"),
+        (dict(train__pool=2), "train.pool 2"),
+        (dict(train__save_dtype="float16"), "save_dtype"),
+        (dict(eval__clips=6), "eval.clips 6"),
+        (dict(train__drop_probability=1.5), "drop_probability"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_training(changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer.check_config(get_config("toy_city", **changes))
+
+
+def test_missing_inputs_are_refused_with_the_remedy(folder, config, tmp_path):
+    empty = get_config("toy_city")
+    with pytest.raises(ValueError, match="--config.data.city"):
+        trainer.train(empty, tmp_path / "a")
+    changed = config.copy_and_resolve_references()
+    changed.model.vae = ""
+    with pytest.raises(ValueError, match="configs/toy_vae.py"):
+        trainer.train(changed, tmp_path / "b")
+    shutil.copytree(folder / "city", tmp_path / "city")
+    (tmp_path / "city" / "pairs.npz").unlink()
+    changed.data.city = str(tmp_path / "city")
+    with pytest.raises(ValueError, match="mine pairs"):
+        trainer.train(changed, tmp_path / "c")
+
+
+def test_the_command_line_names_an_unknown_key_and_the_nearest(tmp_path):
+    arguments = training_city.command("toy_city.py:test", tmp_path, train__stps=3)
+    result = training_city.run_trainer(arguments, tmp_path)
+    assert result.returncode != 0
+    assert "stps" in result.stderr and 'Did you mean "steps"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_every_config_can_be_built_and_described():
+    for name, variants in (
+        ("toy_city", ("gpu", "demo", "test")),
+        ("toy_vae", ("gpu", "demo", "test")),
+        ("cityrag_14b", (None,)),
+    ):
+        for variant in variants:
+            config = get_config(name, variant)
+            flat = trainer.flatten_config(config)
+            assert json.loads(json.dumps(flat)) == flat
+
+
+def test_the_shipped_weights_fit_20_mebibytes_in_bfloat16():
+    """The shipped weights: transformer and autoencoder of the gpu variants."""
+    count = sum(
+        x.size
+        for name in ("toy_city", "toy_vae")
+        for x in parameters(
+            abstract_model(describe_model(get_config(name, "gpu")))
+        ).values()
+    )
+    assert 2 * count < 20 * 2**20
