@@ -336,5 +336,5 @@ def _render(
 
 def _chunk(samples: int) -> int:
     """Choose how many cameras to render at once: what caches or a GPU's memory like."""
-    budget = 1 << (21 if jax.default_backend() == "cpu" else 25)
+    budget = 1 << (20 if jax.default_backend() == "cpu" else 25)
     return max(1, min(64, budget // samples))
