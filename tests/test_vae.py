@@ -54,7 +54,7 @@ def test_full_size_has_126_892_531_parameters():
 
 
 @pytest.mark.parametrize("suffix", ["", "_whole"])
-@pytest.mark.parametrize("frames", [1, 5, 17])
+@pytest.mark.parametrize("frames", [1, 17])
 def test_encoding_and_decoding_equal_the_official_ones(vae, golden, frames, suffix):
     latents = run(vae, f"encode{suffix}", from_torch(golden[f"video_f{frames}"]))
     expected = from_torch(golden[f"mu_f{frames}"])
@@ -88,7 +88,7 @@ def test_trailing_frames_that_fill_no_group_are_ignored(vae, golden):
         LATENT_TOLERANCE
     )
     np.testing.assert_array_equal(latents, run(vae, "encode", video[:, :5]))
-    assert run(vae, "encode_whole", video).shape == latents.shape
+    assert jax.eval_shape(vae.encode_whole, video).shape == latents.shape
 
 
 def test_image_followed_by_grey_encodes_as_the_official_condition(vae, golden):
@@ -112,26 +112,41 @@ def test_every_stage_equals_the_official_one_chunk_by_chunk(vae, half):
     """Each chunk's output of each layer, so that a wrong cache is found where it is."""
     with np.load(GOLDEN / "vae_tiny_stages.npz") as arrays:
         golden = dict(arrays)
-    if half == "enc":
-        x = from_torch(golden["enc_video"])
-        chunks = jnp.split(x, [1, 5], axis=1)
-        layers = list(stages(vae.encoder, "down"))
-    else:
-        x = vae.post_quant_conv(vae.denormalise(from_torch(golden["dec_z"])))
-        chunks = jnp.split(x, 3, axis=1)
-        layers = list(stages(vae.decoder, "up"))
-    whole = x
-    for name, layer in layers:
-        results, cache = [], None
-        for index, chunk in enumerate(chunks):
-            result, cache = layer(chunk, cache)
-            expected = from_torch(golden[f"{half}_{name}_chunk{index}"])
-            assert largest_difference(result, expected) < VIDEO_TOLERANCE, name
-            results.append(result)
-        chunks = results
-        whole, _ = layer(whole, None)
-        joined = jnp.concatenate(results, axis=1)
-        assert largest_difference(whole, joined) < LATENT_TOLERANCE, name
+    layers, results = run_stages(vae, half, golden)
+    for index, name in enumerate(layers):
+        chunks, whole = results[index]
+        for number, chunk in enumerate(chunks):
+            expected = from_torch(golden[f"{half}_{name}_chunk{number}"])
+            assert largest_difference(chunk, expected) < VIDEO_TOLERANCE, name
+        joined = jnp.concatenate(chunks, axis=1)
+        assert largest_difference(whole, joined) < VIDEO_TOLERANCE, name
+
+
+def run_stages(vae, half, golden):
+    """Give the layers' names and for each its outputs, by chunks and whole."""
+    graph, params = nnx.split(vae)
+    names = []
+
+    def run(params, x):
+        vae = nnx.merge(graph, params)
+        if half == "enc":
+            chunks, layers = jnp.split(x, [1, 5], axis=1), stages(vae.encoder, "down")
+        else:
+            x = vae.post_quant_conv(vae.denormalise(x))
+            chunks, layers = jnp.split(x, 3, axis=1), stages(vae.decoder, "up")
+        outputs = []
+        for name, layer in layers:
+            cache, results = None, []
+            for chunk in chunks:
+                result, cache = layer(chunk, cache)
+                results.append(result)
+            chunks, x = results, layer(x, None)[0]
+            outputs.append((chunks, x))
+            names.append(name)
+        return outputs
+
+    source = golden["enc_video" if half == "enc" else "dec_z"]
+    return names, jax.jit(run)(params, from_torch(source))
 
 
 def test_norm_equals_the_official_one_down_to_zero():
@@ -151,14 +166,14 @@ def test_gradient_is_finite_where_all_channels_are_zero():
 
 
 def test_streamed_memory_does_not_grow_with_the_video():
-    """Every kind of layer once, to compile fast; inputs and outputs do not count."""
+    """17 and 81 frames; few layers, to compile fast. Inputs and outputs do not count."""
     small = VAEConfig(
         base_dim=8,
-        dim_mult=(1, 2, 2),
+        dim_mult=(1, 2),
         num_res_blocks=1,
-        temporal_downsample=(True, True),
+        temporal_downsample=(True,),
     )
-    graph, params = nnx.split(WanVAE(small, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.eval_shape(lambda: WanVAE(small, rngs=nnx.Rngs(0))))
 
     def temporary_bytes(method, x):
         def apply(params, x):
@@ -167,8 +182,8 @@ def test_streamed_memory_does_not_grow_with_the_video():
         compiled = jax.jit(apply).lower(params, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    for method, shape in ("encode", (64, 96, 3)), ("decode", (16, 24, 16)):
-        lengths = (17, 81) if method == "encode" else (5, 21)
+    for method, shape in ("encode", (64, 96, 3)), ("decode", (32, 48, 16)):
+        lengths = (17, 81) if method == "encode" else (9, 41)
         short, long = (
             temporary_bytes(method, jnp.zeros((1, length, *shape)))
             for length in lengths

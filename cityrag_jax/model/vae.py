@@ -11,6 +11,7 @@ Source: Wan-Video/Wan2.1, `wan/modules/vae.py`.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -429,9 +430,11 @@ class Conv(nnx.Module):
         zero: bool = False,
         rngs: nnx.Rngs,
     ):
-        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2, 3))
-        init = nnx.initializers.zeros if zero else init
-        kernel = init(rngs.params(), (*size, width_in, width), config.param_dtype)
+        init = nnx.initializers.zeros if zero else nnx.initializers.lecun_uniform()
+        # Drawn as a matrix: XLA takes seconds to compile a draw of five dimensions.
+        taps = math.prod(size) * width_in
+        kernel = init(rngs.params(), (taps, width), config.param_dtype)
+        kernel = kernel.reshape(*size, width_in, width)
         bias = jnp.zeros((width,), config.param_dtype)
         self.kernel = nnx.Param(kernel, axes=(None, None, None, None, "vae_out"))
         self.bias = nnx.Param(bias, axes=("vae_out",))
