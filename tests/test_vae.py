@@ -166,7 +166,7 @@ def test_gradient_is_finite_where_all_channels_are_zero():
 
 
 def test_streamed_memory_does_not_grow_with_the_video():
-    """17 and 81 frames; few layers, to compile fast. Inputs and outputs do not count."""
+    """At 17 and 81 frames; few layers compile fast. In- and outputs do not count."""
     small = VAEConfig(
         base_dim=8,
         dim_mult=(1, 2),
