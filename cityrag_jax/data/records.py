@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,7 @@ def write_records(folder: Path, records: Iterator[bytes]) -> None:
     )
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
 
 
 @functools.cache

@@ -94,9 +94,13 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
 def write_image(path: str | Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
     """Write a picture in the format of the name's ending, such as .png or .jpg."""
     path = Path(path)
-    done, content = cv2.imencode(path.suffix or ".png", picture[..., ::-1])
-    if not done:
-        raise ValueError(f"{path}: pictures cannot be stored as {path.suffix}.")
+    try:
+        _, content = cv2.imencode(path.suffix, picture[..., ::-1])
+    except cv2.error as error:
+        raise ValueError(
+            f"{path}: pictures cannot be stored as {path.suffix or 'nothing'}; use "
+            ".png or .jpg."
+        ) from error
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     temporary.write_bytes(content.tobytes())
     os.replace(temporary, path)
