@@ -60,14 +60,14 @@ class Conditions(nnx.Pytree):
     None means that the model has no such input.
     """
 
-    text: Float[Array, "B S E"]
-    image: Float[Array, "B 257 I"] | None = None
-    first_frame: Float[Array, "B t h w Y"] | None = None
-    geo_latents: Float[Array, "B u h w C"] | None = None
-    geo_length: Int[Array, " B"] | None = None
-    keep_geo: Float[Array, " B"] | None = None
-    poses: Float[Array, "B T 4 4"] | None = None
-    keep_pose: Float[Array, " B"] | None = None
+    text: Float[Array, "B S E"] = nnx.data()
+    image: Float[Array, "B 257 I"] | None = nnx.data(default=None)
+    first_frame: Float[Array, "B t h w Y"] | None = nnx.data(default=None)
+    geo_latents: Float[Array, "B u h w C"] | None = nnx.data(default=None)
+    geo_length: Int[Array, " B"] | None = nnx.data(default=None)
+    keep_geo: Float[Array, " B"] | None = nnx.data(default=None)
+    poses: Float[Array, "B T 4 4"] | None = nnx.data(default=None)
+    keep_pose: Float[Array, " B"] | None = nnx.data(default=None)
 
 
 def latent_frames(num_frames: int) -> int:
