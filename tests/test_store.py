@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -99,6 +100,18 @@ def test_a_forked_reader_works_without_tensorflow_and_without_networks(city):
     )
     done = subprocess.run([sys.executable, "-c", code, str(city.folder)], timeout=60)
     assert done.returncode == 0
+
+
+def test_many_threads_read_what_one_reads(city):
+    captures, yaw = np.arange(7), np.linspace(0, 6, 7)
+    alone = city.crops(captures, yaw, fov_deg=65.0, **VIEW)
+    fresh = City(city.folder)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(fresh.crops, captures, yaw, fov_deg=65.0, **VIEW)
+            for _ in range(64)
+        ]
+        assert all(np.array_equal(job.result(), alone) for job in jobs)
 
 
 def test_records_open_as_a_tensorflow_dataset(city):

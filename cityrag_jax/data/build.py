@@ -80,7 +80,7 @@ def mine_city(
     """Mine the pairs of a city on disk, again or for the first time."""
     opened = City(folder)
     config = pair_config(num_frames, held_out_fraction)
-    pairs = mine_pairs(opened.captures, str(opened.folder), config)
+    pairs = mine_pairs(opened.captures, opened.name, config)
     save_pairs(opened.folder, pairs)
     return pairs
 

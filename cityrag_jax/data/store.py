@@ -240,7 +240,7 @@ class City:
         try:
             jpeg = self._record(capture * TILES + tile)
             picture = simplejpeg.decode_jpeg(jpeg)
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{self.folder}: tile {tile} (row {row}, column {column}) of panorama "
                 f"{capture} is not a readable JPEG: {error}. Restore panoramas/ from a "
