@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tqdm
 
@@ -64,7 +65,7 @@ class TrainingLog:
             self._writer.close()
 
 
-def read_metrics(workdir: Path | str) -> list[dict[str, float | str]]:
+def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
     """Read all lines of `metrics.jsonl`, oldest first."""
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
