@@ -7,9 +7,6 @@ grid is that of geo/panorama.py.
 
 import bisect
 import collections
-import contextlib
-import functools
-import io
 import itertools
 import json
 import os
@@ -28,6 +25,7 @@ from cityrag_jax.data.captures import REBUILD
 from cityrag_jax.geo import panorama
 
 VERSION = "1.0.0"
+FILE_BYTES = 1 << 30
 
 
 def encode_panorama(
@@ -62,64 +60,71 @@ def encode_ahead(
 
 
 def write_records(folder: Path, records: Iterator[bytes]) -> None:
-    """Store records in order through a TensorFlow Datasets builder."""
-    import tensorflow_datasets as tfds
+    """Store records in order, in files of about `FILE_BYTES`, with their metadata.
 
-    tfds.disable_progress_bar()
-    builder = _builder_class()(
-        records, data_dir=os.fspath(folder), file_format="array_record"
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    Written file by file: a TensorFlow Datasets builder collects everything first, in
+    memory up to 1 GB and beyond that by TensorFlow.
+    """
+    path = folder / "panoramas" / VERSION
+    path.mkdir(parents=True)
+    lengths, num_bytes = [], 0
+    records = iter(records)
+    while taken := _write_file(path / f"{len(lengths):05d}", records):
+        lengths.append(taken[0])
+        num_bytes += taken[1]
+    for k in range(len(lengths)):
+        os.replace(path / f"{k:05d}", path / _file_name(k, len(lengths)))
+    _write_metadata(path, lengths, num_bytes)
 
 
-@functools.cache
-def _builder_class():
-    """Make the builder's class when first needed: its library is slow to import."""
-    import tensorflow_datasets as tfds
+def _write_file(path: Path, records: Iterator[bytes]) -> tuple[int, int] | None:
+    """Fill one file; give its records and bytes, None when no record is left."""
     from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.core.writer import ExampleWriter
+    from tensorflow_datasets.proto import tf_example_pb2
 
-    class PlainExampleWriter(ExampleWriter):
-        """Writes JPEG bytes as they are: the default would compress them again."""
+    record = next(records, None)
+    if record is None:
+        return None
+    # JPEG does not shrink: one record a group, uncompressed, is read by itself.
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+    count = num_bytes = 0
+    while record is not None:
+        example = tf_example_pb2.Example()
+        example.features.feature["jpeg"].bytes_list.value.append(record)
+        writer.write(example.SerializeToString())
+        count, num_bytes = count + 1, num_bytes + len(record)
+        record = next(records, None) if num_bytes < FILE_BYTES else None
+    writer.close()
+    return count, num_bytes
 
-        def write(self, path, examples):
-            writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
-            for _, example in examples:
-                writer.write(example)
-            writer.close()
 
-    class Panoramas(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version(VERSION)
-        # Finding the code of a packaged builder imports importlib_resources, which
-        # tensorflow-datasets 4.9.10 does not install; only downloads need it.
-        code_path = None
+def _write_metadata(path: Path, lengths: list[int], num_bytes: int) -> None:
+    """Write what makes the folder a TensorFlow Datasets one."""
+    import tensorflow_datasets as tfds
 
-        def __init__(self, records, **kwargs):
-            self._records = records
-            super().__init__(**kwargs)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=path, dataset_name="panoramas", filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=lengths,
+        num_bytes=num_bytes,
+        filename_template=template.replace(split="train"),
+    )
+    jpeg = tfds.features.Tensor(shape=(), dtype=np.bytes_)
+    tfds.folder_dataset.write_metadata(
+        data_dir=path,
+        features=tfds.features.FeaturesDict({"jpeg": jpeg}),
+        split_infos=[split],
+        filename_template=template,
+        check_data=False,
+        description="JPEG tiles: record panorama * 40 + tile.",
+        disable_shuffling=True,
+    )
 
-        def _info(self):
-            jpeg = tfds.features.Tensor(shape=(), dtype=np.bytes_)
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="JPEG tiles: record panorama * 40 + tile.",
-                features=tfds.features.FeaturesDict({"jpeg": jpeg}),
-                disable_shuffling=True,
-            )
 
-        def _example_writer(self):
-            return PlainExampleWriter(self.info.file_format)
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for key, record in enumerate(self._records):
-                yield key, {"jpeg": record}
-
-    return Panoramas
+def _file_name(number: int, count: int) -> str:
+    return f"panoramas-train.array_record-{number:05d}-of-{count:05d}"
 
 
 class Records:
@@ -180,7 +185,7 @@ def _shards(folder: Path) -> list[tuple[Path, int]]:
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
     shards = []
     for k, length in enumerate(lengths):
-        name = f"panoramas-train.array_record-{k:05d}-of-{len(lengths):05d}"
+        name = _file_name(k, len(lengths))
         if not (path.parent / name).exists():
             raise ValueError(f"{path.parent / name} is missing; {REBUILD}.")
         shards.append((path.parent / name, length))
