@@ -44,11 +44,11 @@ def command(config: str, workdir: Path, **changes) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One CPU device, and compiled programs shared by all processes of a test."""
+    """One CPU device, quick compilation, programs shared by a test's processes."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -1,0 +1,130 @@
+"""A training killed at any moment and started again ends bitwise where it would have.
+
+The trainer runs in another process and is killed by SIGKILL: at random moments, and
+between start and commit of a save. The test compares every stored array's digest.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import training_city
+from orbax.checkpoint import v1 as ocp
+
+pytestmark = pytest.mark.long
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kill")
+    training_city.build_city(folder / "city")
+    training_city.save_vae(folder / "vae")
+    return folder
+
+
+def _command(folder, workdir, pool):
+    return training_city.command(
+        "toy_city.py:test",
+        workdir,
+        data__city=folder / "city",
+        model__vae=folder / "vae",
+        train__steps=STEPS,
+        train__pool=pool,
+        train__checkpoint_interval=3,
+        train__log_interval=1,
+        eval__interval=12,
+    )
+
+
+def _start(folder, workdir, pool):
+    return subprocess.Popen(
+        _command(folder, workdir, pool),
+        cwd=training_city.ROOT,
+        env=training_city.environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def _finish(folder, workdir, pool):
+    result = training_city.run_trainer(_command(folder, workdir, pool), folder)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def _digests(workdir, step=STEPS):
+    """Checksums of all arrays: parameters, average, optimiser, step."""
+    path = workdir / "checkpoints" / str(step)
+    notes = ocp.load_checkpointables(path, {"notes": None})["notes"]
+    return json.loads(notes["json"])["digests"]
+
+
+def _saves(workdir):
+    folder = workdir / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    whole = sorted(int(n) for n in names if n.isdigit())
+    return whole, [n for n in names if not n.isdigit()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """The truth, for a training from a pool and one from a stream."""
+    for pool in (16, 0):
+        _finish(folder, folder / f"whole{pool}", pool)
+    return folder
+
+
+@pytest.mark.parametrize("pool", [16, 0])
+def test_killed_at_random_moments(uninterrupted, pool):
+    """Some kills hit the start, some the steps, some a save."""
+    folder = uninterrupted
+    workdir = folder / f"random{pool}"
+    moments = random.Random(pool)
+    for _ in range(5):
+        process = _start(folder, workdir, pool)
+        before = _saves(workdir)[0][-1:]
+        deadline = time.monotonic() + 120
+        # Wait for progress, then a random while: otherwise all kills hit the start.
+        while process.poll() is None and time.monotonic() < deadline:
+            if _saves(workdir)[0][-1:] != before:
+                break
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1.0))
+        if process.poll() is not None:
+            break
+        _kill(process)
+    _finish(folder, workdir, pool)
+    assert _digests(workdir) == _digests(folder / f"whole{pool}")
+
+
+def test_killed_between_start_and_commit_of_a_save(uninterrupted):
+    folder = uninterrupted
+    workdir = folder / "saving"
+    hits = 0
+    for wanted in (3, 9, 15):
+        process = _start(folder, workdir, 16)
+        unfinished = []
+        while process.poll() is None and not unfinished:
+            # The very first save has nothing to fall back to: a start from scratch.
+            unfinished = [
+                n for n in _saves(workdir)[1] if int(n.split(".")[0]) >= wanted
+            ]
+        if process.poll() is not None:
+            break
+        _kill(process)
+        hits += bool(_saves(workdir)[1])
+    assert hits >= 2
+    _finish(folder, workdir, 16)
+    assert _digests(workdir) == _digests(folder / "whole16")
+    assert not _saves(workdir)[1]
