@@ -28,6 +28,7 @@ from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
 from cityrag_jax.encode import encode_target
 from cityrag_jax.metrics.image import clip_psnr, psnr, recolour_condition
+from cityrag_jax.parallel import loading_dtype
 from cityrag_jax.rollout import Generator, decode
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config, open_cities
@@ -119,7 +120,9 @@ def evaluate(
     """Score `eval.table_clips` held-out clips, write everything, give the means."""
     sources = open_cities(cities)
     clips = read_clips(config, sources)
-    generator = Generator(latest_model(checkpoint), read_sampler(config.sample))
+    generator = Generator(
+        latest_model(checkpoint, dtype=loading_dtype()), read_sampler(config.sample)
+    )
     ways = make_videos(generator, config.eval.seed)
     scores: dict[str, dict[str, list]] = {name: {} for name in ways}
     examples = {}

@@ -30,6 +30,7 @@ from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.path_files import parse_path
 from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
+from cityrag_jax.parallel import loading_dtype
 from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
@@ -84,7 +85,9 @@ def generate(
     clips = clip_config(config.data)
     limits = dict(radius_m=float(config.sample.radius_m))
     retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
-    generator = Generator(latest_model(checkpoint), read_sampler(config.sample))
+    generator = Generator(
+        latest_model(checkpoint, dtype=loading_dtype()), read_sampler(config.sample)
+    )
     return rollout(
         generator,
         city,

@@ -10,9 +10,11 @@ Sequence exchange after DeepSpeed-Ulysses (arXiv 2309.14509).
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 MESH_AXES = ("data", "fsdp", "sequence")
@@ -100,6 +102,14 @@ def platform() -> str:
     if kind.startswith("TPU"):
         return "tpu"
     return "gpu" if "NVIDIA" in kind else jax.default_backend()
+
+
+def loading_dtype() -> DTypeLike | None:
+    """Give the type to load models in: float32 on CPUs, whose bfloat16 is emulated.
+
+    None elsewhere: what the model's config says.
+    """
+    return jnp.float32 if jax.default_backend() == "cpu" else None
 
 
 def exchange_heads(

@@ -39,7 +39,7 @@ from cityrag_jax.checkpoint import (
     save_bundle,
     stacked_parameters,
 )
-from cityrag_jax.parallel import make_mesh
+from cityrag_jax.parallel import loading_dtype, make_mesh
 from cityrag_jax.training.examples import (
     draw_batch,
     fill_pool,
@@ -112,11 +112,12 @@ class _Training:
     def _make_task(self) -> Task:
         """Make the task from the start model, or when resuming from what was kept."""
         base = self.workdir / "base"
+        kinds = dict(dtype=loading_dtype(), mesh=self.mesh)
         if self.checkpoints.steps:
-            return make_task(self.config, load_bundle(base, mesh=self.mesh), True)
+            return make_task(self.config, load_bundle(base, **kinds), True)
         start = None
         if self.config.train.init_from:
-            start = latest_model(self.config.train.init_from, mesh=self.mesh)
+            start = latest_model(self.config.train.init_from, **kinds)
         task = make_task(self.config, start)
         save_bundle(base, task.base, overwrite=True)
         return task

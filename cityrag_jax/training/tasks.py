@@ -35,6 +35,7 @@ from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.parallel import loading_dtype
 
 Params = dict[str, Array]
 Examples = dict[str, Array]  # every array has a leading clip axis
@@ -325,7 +326,7 @@ def reconstruction_errors(
 
 
 def _find_vae(path: str, start: Bundle | None) -> tuple[WanVAE, Description]:
-    bundle = latest_model(path) if path else start
+    bundle = latest_model(path, dtype=loading_dtype()) if path else start
     if bundle is None or "vae" not in bundle.modules:
         where = path or (start.origin if start else "train.init_from (not given)")
         raise ValueError(
