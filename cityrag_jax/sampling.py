@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt
 from ml_collections import ConfigDict
 
@@ -43,9 +44,18 @@ class Sampler:
         geo: bool = True,
         negative_text: Float[Array, "B S E"] | None = None,
     ) -> Float32[Array, "B t h w z"]:
-        """Denoise under the conditions, or with poses or geo left out altogether."""
+        """Denoise under the conditions, or with poses or geo left out altogether.
+
+        Raises ValueError where text guidance lacks the negative prompt's features.
+        """
         steps = unipc.make_steps(self.num_steps, self.shift)
         weighted = self.passes(pose=pose, geo=geo)
+        if negative_text is None and any(seen.negative_text for _, seen in weighted):
+            raise ValueError(
+                f"Guidance {self.guidance!r} with scales {self.scales} needs "
+                "negative_text, the negative prompt's features; give them or choose "
+                "another mode."
+            )
         return denoise(model, conditions, noise, steps, weighted, negative_text)
 
 
@@ -56,10 +66,12 @@ def read_sampler(sample: ConfigDict) -> Sampler:
 
 
 def draw_noise(
-    key: Key[Array, ""], clip_id: UInt[Array, " B"], shape: tuple[int, ...]
+    key: Key[Array, ""],
+    clip_id: UInt[Array | np.ndarray, " B"],
+    shape: tuple[int, ...],
 ) -> Float32[Array, "B ..."]:
     """Draw each clip's noise from the seed's key and its id alone."""
-    return flow.draw_noise(flow.clip_keys(key, clip_id), shape)
+    return flow.draw_noise(flow.clip_keys(key, jnp.asarray(clip_id)), shape)
 
 
 @functools.partial(jax.jit, static_argnames="weighted_passes")
