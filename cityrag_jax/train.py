@@ -64,8 +64,8 @@ from cityrag_jax.training.tasks import Examples, Task, describe_model, make_task
 
 STATISTICS_BATCHES = 32
 GROUPS = ("params", "ema", "optimizer")
-# A training may be continued with another limit of time.
-FREE_KEYS = ("train.max_seconds",)
+# A training may be continued with another limit of time; the last three do not train.
+FREE_KEYS = ("train.max_seconds", "eval.table_clips", "eval.batch_size", "sample.")
 
 
 def train(config: ConfigDict, workdir: Path | str) -> Path:
@@ -156,6 +156,7 @@ class _Training:
             self.workdir,
             first,
             config.train.steps,
+            max_seconds=config.train.max_seconds,
             tensorboard=config.train.tensorboard,
         )
         log.say(describe_start(config, self.labels, state.params, first))
@@ -179,7 +180,7 @@ class _Training:
                 if evaluate:
                     held = {"held_out": measure_held_out(measure, state, held_out)}
                     report |= held
-                log.report(step, report)
+                log.report(step, report, spent)
             if save and losses.healthy:
                 self._save(step, state)
             if last:

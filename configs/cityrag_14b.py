@@ -79,4 +79,15 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval.min_rotation_deg = 0.0
     config.eval.seed = 0
     config.eval.draws = 1
+    config.eval.table_clips = 64
+    config.eval.batch_size = 1
+
+    config.sample = ConfigDict()
+    config.sample.num_steps = 40
+    config.sample.shift = 3.0
+    config.sample.guidance = "joint"
+    config.sample.scales = (5.0,)  # assumed
+    config.sample.spacing_m = 0.5  # between frames of a drawn path
+    config.sample.radius_m = 15.0  # how far the first retrieved capture may be
+    config.sample.fps = 16.0
     return config.lock()

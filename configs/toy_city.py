@@ -126,12 +126,12 @@ def _demo() -> dict:
         ),
         train=dict(
             batch_size=2,
-            pool=32,
+            pool=12,  # encoding a clip takes some seconds
             max_seconds=120.0,
             log_interval=1,
             checkpoint_interval=50,
         ),
-        eval=dict(interval=50, clips=4, draws=2, table_clips=8, batch_size=4),
+        eval=dict(interval=50, clips=2, draws=4, table_clips=8, batch_size=4),
     )
 
 

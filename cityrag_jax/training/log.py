@@ -13,19 +13,32 @@ from typing import Any
 
 import tqdm
 
+TIMED_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} s{postfix}"
+
 
 class TrainingLog:
-    """Reports of one process; a resumed training goes on in the same files."""
+    """Reports of one process; a resumed training goes on in the same files.
+
+    The bar counts steps, or seconds where `max_seconds` limits the time.
+    """
 
     def __init__(
-        self, workdir: Path, first_step: int, last_step: int, *, tensorboard: bool
+        self,
+        workdir: Path,
+        first_step: int,
+        last_step: int,
+        *,
+        max_seconds: float = 0.0,
+        tensorboard: bool,
     ):
         self._path = Path(workdir) / "metrics.jsonl"
         _forget_after(self._path, first_step)
         self._file = self._path.open("a")
-        self._bar = tqdm.tqdm(
-            total=last_step, initial=first_step, unit="step", dynamic_ncols=True
-        )
+        self._timed = max_seconds > 0
+        counted = dict(total=last_step, initial=first_step, unit="step")
+        if self._timed:
+            counted = dict(total=round(max_seconds), unit="s", bar_format=TIMED_BAR)
+        self._bar = tqdm.tqdm(**counted, dynamic_ncols=True)
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -33,12 +46,19 @@ class TrainingLog:
             self._writer = SummaryWriter(str(workdir))
         self._step, self._time = first_step, time.monotonic()
 
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the numbers of a step, with the speed since the last report."""
+    def report(
+        self, step: int, metrics: Mapping[str, float], seconds: float = 0.0
+    ) -> None:
+        """Write the numbers of a step, with the speed since the last report.
+
+        `seconds` is what is spent of the limit of time.
+        """
         now = time.monotonic()
         speed = (step - self._step) / max(now - self._time, 1e-9)
-        self._bar.update(step - self._bar.n)
-        shown = {k: f"{metrics[k]:.4f}" for k in ("loss", "held_out") if k in metrics}
+        done = min(round(seconds), self._bar.total) if self._timed else step
+        self._bar.update(done - self._bar.n)
+        shown = {"step": str(step)} if self._timed else {}
+        shown |= {k: f"{metrics[k]:.4f}" for k in ("loss", "held_out") if k in metrics}
         self._bar.set_postfix(shown)
         self._step, self._time = step, now
         self.write(step, {**metrics, "steps_per_second": speed})

@@ -65,6 +65,8 @@ class Task(abc.ABC):
             return fresh
         given = parameters(self._start.modules[self.part])
         _check_start(given, fresh, self._start.origin)
+        # The start may be stored in bfloat16; what is trained keeps its own type.
+        given = {name: x.astype(fresh[name].dtype) for name, x in given.items()}
         return jax.device_put(self._continue(fresh, given), dict(shardings))
 
     def _continue(self, fresh: Params, given: Params) -> Params:
