@@ -10,7 +10,6 @@ import collections
 import itertools
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
