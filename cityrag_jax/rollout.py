@@ -5,7 +5,7 @@ next one (section 3.3). Conditions come from the path alone, never from a pair t
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -19,6 +19,9 @@ from cityrag_jax.encode import encode_conditions, to_pixels
 from cityrag_jax.geo.retrieval import Retrieval, follow_drive
 from cityrag_jax.model.vae import WanVAE
 from cityrag_jax.sampling import Sampler, draw_noise
+
+# A `Generator`, or anything called like one: clips and a seed in, videos out.
+Generate = Callable[..., UInt8[np.ndarray, "B T H W 3"]]
 
 encode = jax.jit(encode_conditions)
 
@@ -101,7 +104,7 @@ def retrieve(
 
 
 def rollout(
-    generator: Generator,
+    generator: Generate,
     city: City,
     first_frame: UInt8[np.ndarray, "H W 3"],
     ecef_from_camera: Float64[np.ndarray, "N 4 4"],
@@ -111,7 +114,7 @@ def rollout(
     pose: bool = True,
     geo: bool = True,
     limits: dict | None = None,
-    progress: Callable[[list], list] = list,
+    progress: Callable[[list], Iterable] = list,
 ) -> Rollout:
     """Generate a frame for every pose of a path, clip after clip.
 
