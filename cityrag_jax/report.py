@@ -73,7 +73,7 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str) -> str:
 
 def draw_map(
     path: Path | str,
-    drives_m: Sequence[Float[np.ndarray, "N 2"]],
+    drives_m: Sequence[Float[np.ndarray, "_ 2"]],
     route_m: Float[np.ndarray, "T 2"],
     retrieved_m: Float[np.ndarray, "n 2"],
 ) -> Path:
