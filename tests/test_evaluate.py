@@ -1,0 +1,162 @@
+"""Baselines and figures of the evaluation, from known errors."""
+
+import json
+
+import numpy as np
+import pytest
+import training_city
+from test_train import get_config
+
+from cityrag_jax import evaluate as door
+from cityrag_jax.batch import Clip
+from cityrag_jax.checkpoint import Bundle, abstract_model, describe
+from cityrag_jax.evaluate import (
+    FULL,
+    POSE_ALONE,
+    RECOLOURED,
+    fit_length,
+    read_clips,
+    recolour,
+    score,
+    swap_places,
+)
+from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.training.examples import open_cities
+
+
+@pytest.fixture
+def clips(rng) -> Clip:
+    """Three clips of 9 frames with conditions of 5, 7 and 13 frames, padded to 13."""
+
+    def pixels(*shape):
+        return rng.integers(256, size=shape).astype(np.uint8)
+
+    lengths = np.array([5, 7, 13], np.int32)
+    condition = pixels(3, 13, 32, 48, 3)
+    index = np.minimum(np.arange(13)[None], lengths[:, None] - 1)
+    return Clip(
+        frames=pixels(3, 9, 32, 48, 3),
+        first_from_camera=np.broadcast_to(np.eye(4, dtype=np.float32), (3, 9, 4, 4)),
+        condition=condition[np.arange(3)[:, None], index],
+        condition_length=lengths,
+        clip_id=np.arange(3, dtype=np.uint32),
+    )
+
+
+def test_no_clip_keeps_its_place_when_places_are_swapped(clips):
+    swapped = swap_places(clips)
+    np.testing.assert_array_equal(swapped.condition_length, [13, 5, 7])
+    np.testing.assert_array_equal(swapped.condition[1:], clips.condition[:-1])
+    np.testing.assert_array_equal(swapped.condition[0], clips.condition[-1])
+    for name in ("frames", "first_from_camera", "clip_id"):
+        np.testing.assert_array_equal(getattr(swapped, name), getattr(clips, name))
+
+
+def test_one_clip_has_no_other_place(clips):
+    alone = Clip(*(getattr(clips, name)[:1] for name in Clip.__dataclass_fields__))
+    with pytest.raises(ValueError, match="needs two clips"):
+        swap_places(alone)
+
+
+def test_conditions_are_cut_or_their_last_frame_repeated(clips):
+    fitted = fit_length(clips)
+    assert fitted.shape == clips.frames.shape
+    np.testing.assert_array_equal(fitted[2], clips.condition[2, :9])
+    for frame in range(4, 9):
+        np.testing.assert_array_equal(fitted[0, frame], clips.condition[0, 4])
+    short = Clip(
+        clips.frames,
+        clips.first_from_camera,
+        clips.condition[:, :6],
+        np.array([5, 6, 6], np.int32),
+        clips.clip_id,
+    )
+    np.testing.assert_array_equal(fit_length(short)[:, 8], clips.condition[:, 5])
+
+
+def test_recolouring_undoes_a_change_of_colours(clips):
+    """Conditions that show the truth in other light; half a step of 255 by rounding."""
+    frames = clips.frames // 2 + 60
+    dimmed = (frames * np.array([0.5, 0.75, 1.0]) + np.array([20, 0, -20])).round()
+    lit = Clip(
+        frames,
+        clips.first_from_camera,
+        np.pad(dimmed.astype(np.uint8), ((0, 0), (0, 4), (0, 0), (0, 0), (0, 0))),
+        np.full(3, 9, np.int32),
+        clips.clip_id,
+    )
+    np.testing.assert_allclose(recolour(lit).astype(int), frames, atol=2)
+
+
+def test_known_errors_have_known_scores():
+    """Errors of 25.5 of 255 are 20 dB; 51 are 20 - 20 log10(2)."""
+    truth = np.full((1, 9, 4, 6, 3), 100, np.uint8)
+    video = truth + np.uint8(51)
+    video[:, 1:7] = truth[:, 1:7] + np.array([25, 26] * 9).reshape(
+        1, 1, 1, 6, 3
+    ).astype(np.uint8)
+    low = 20 - 20 * np.log10(2)
+    middle = -10 * np.log10((25**2 + 26**2) / 2 / 255**2)
+    figures = score(video, truth)
+    np.testing.assert_allclose(figures["PSNR"], (6 * middle + 2 * low) / 8)
+    np.testing.assert_allclose(figures["last quarter"], low)
+    mean_square = (6 * 10 ** (-middle / 10) + 2 * 10 ** (-low / 10)) / 8
+    np.testing.assert_allclose(figures["of clip"], -10 * np.log10(mean_square))
+
+
+def test_frame_0_does_not_count_and_equal_videos_are_infinitely_good(clips):
+    video = clips.frames.copy()
+    video[:, 0] = 255 - video[:, 0]
+    for values in score(video, clips.frames).values():
+        np.testing.assert_array_equal(values, [np.inf] * 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return training_city.build_city(tmp_path_factory.mktemp("evaluate") / "city")
+
+
+def test_clips_that_do_not_fill_batches_or_cities_are_refused(folder):
+    sources = open_cities(str(folder))
+    config = get_config("toy_city", eval__table_clips=3, eval__batch_size=2)
+    with pytest.raises(ValueError, match="table_clips 3 must be a multiple of the 1"):
+        read_clips(config, sources)
+    config = get_config("toy_city", eval__table_clips=3, eval__batch_size=1)
+    with pytest.raises(ValueError, match="multiple of the 2 cities"):
+        read_clips(config, sources * 2)
+
+
+def test_clips_come_in_batches_of_every_city(folder):
+    config = get_config(
+        "toy_city",
+        eval__table_clips=4,
+        eval__batch_size=2,
+        eval__min_rotation_deg=0.0,
+    )
+    batches = read_clips(config, open_cities(f"{folder},{folder}"))
+    assert [len(batch.frames) for batch in batches] == [2, 2]
+    again = read_clips(config, open_cities(str(folder)))
+    np.testing.assert_array_equal(batches[0].clip_id, again[0].clip_id)
+
+
+def test_a_table_of_all_clips_is_written(folder, tmp_path, monkeypatch):
+    """With ways to fill a clip that need no network, to see what becomes of them."""
+    vae = abstract_model(describe(WanVAE, VAEConfig(base_dim=4)))
+    bundle = Bundle({"vae": vae, "transformer": vae}, {}, np.zeros((1, 8)))
+    ways = {
+        FULL: lambda clips: clips.frames ^ 1,
+        POSE_ALONE: lambda clips: clips.frames ^ 3,
+        RECOLOURED: recolour,
+    }
+    monkeypatch.setattr(door, "latest_model", lambda *_, **__: bundle)
+    monkeypatch.setattr(door, "make_videos", lambda *_: ways)
+    config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
+    means = door.evaluate(config, "model", str(folder), tmp_path / "out")
+    np.testing.assert_allclose(means[FULL]["PSNR"], 20 * np.log10(255))
+    assert means[POSE_ALONE]["PSNR"] < means[FULL]["PSNR"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert f"| {FULL} | 48.13 | 48.13 | 48.13 |" in table
+    stored = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert stored["mean"] == means
+    assert len(stored["clips"][RECOLOURED]["PSNR"]) == 4
+    assert (tmp_path / "out" / "examples.png").exists()

@@ -1,0 +1,184 @@
+"""The door to generation: photos, paths, what is refused and what is written."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import synthetic_city as synthetic
+import training_city
+from test_train import get_config
+
+from cityrag_jax import generate as door
+from cityrag_jax.data.clips import ClipConfig
+from cityrag_jax.data.store import City
+from cityrag_jax.data.video import read_image, read_video
+from cityrag_jax.generate import (
+    fit_photo,
+    generate,
+    read_path,
+    sources,
+    write_rollout,
+)
+from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
+from cityrag_jax.rollout import Rollout, retrieve
+
+CLIPS = ClipConfig(num_frames=9, height=32, width=48, condition_frames=(5, 13))
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory) -> City:
+    """Two drives north of 20 m, 1.5 m apart."""
+    drives = [synthetic.line([0, 0, 2], 0, 40), synthetic.line([1.5, -1, 2], 0, 40)]
+    return synthetic.build(tmp_path_factory.mktemp("generate") / "city", drives)
+
+
+@pytest.fixture
+def poses() -> np.ndarray:
+    enu = synthetic.line([0.5, 1, 2], 0, 17, 0.75)
+    return ecef_from_enu(*synthetic.ANCHOR) @ enu
+
+
+@pytest.fixture
+def made(city, poses, rng) -> Rollout:
+    """A rollout that no network made."""
+    frames = rng.integers(256, size=(17, 32, 48, 3)).astype(np.uint8)
+    retrievals = retrieve(city, poses, CLIPS)
+    conditions = tuple(frames[: len(r.captures)] for r in retrievals)
+    return Rollout(frames, conditions, tuple(retrievals))
+
+
+@pytest.mark.parametrize("size", ((96, 144), (300, 144), (96, 500), (20, 24), (3, 90)))
+def test_the_middle_of_a_photo_is_fitted(size):
+    """A photo red in its middle column and row stays so at any size."""
+    photo = np.zeros((*size, 3), np.uint8)
+    photo[..., 0] = 255 - np.abs(np.linspace(-200, 200, size[1]))[None]
+    fitted = fit_photo(photo, 32, 48)
+    assert fitted.shape == (32, 48, 3)
+    np.testing.assert_array_equal(fitted, np.clip(fitted, 0, 255))
+    assert np.abs(np.argmax(fitted[16, :, 0]) - 23.5) <= 3
+    assert not fitted[..., 1:].any()
+
+
+def test_a_photo_of_the_wanted_size_is_itself(rng):
+    photo = rng.integers(256, size=(32, 48, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(fit_photo(photo, 32, 48), photo)
+
+
+def test_shrinking_takes_means_over_areas(rng):
+    photo = rng.integers(256, size=(64, 96, 3)).astype(np.uint8)
+    means = photo.reshape(32, 2, 48, 2, 3).mean((1, 3))
+    np.testing.assert_allclose(fit_photo(photo, 32, 48), means, atol=0.51)
+
+
+@pytest.mark.parametrize("kind", ("csv", "geojson"))
+def test_a_drawn_path_becomes_poses_at_camera_height(city, poses, tmp_path, kind):
+    """Heights come from the captures, 2 m over the anchor; 2 mm of curvature remain."""
+    ends = poses[[0, -1], :3, 3]
+    ends[1] += 0.3 * poses[-1, :3, 2]  # less than a step farther
+    latitude, longitude, _ = geodetic_from_ecef(ends)
+    file = tmp_path / f"path.{kind}"
+    if kind == "csv":
+        rows = zip(latitude, longitude, strict=True)
+        file.write_text("lat,lon\n" + "".join(f"{a:.10f},{b:.10f}\n" for a, b in rows))
+    else:
+        line = np.stack([longitude, latitude], -1).tolist()
+        file.write_text(json.dumps({"type": "LineString", "coordinates": line}))
+    read = read_path(file, city, 0.75)
+    np.testing.assert_allclose(read, poses, atol=2e-3)
+
+
+def test_paths_that_cannot_be_read_are_named(city, tmp_path):
+    with pytest.raises(ValueError, match="no.csv does not exist; give a GeoJSON"):
+        read_path(tmp_path / "no.csv", city, 0.75)
+    (tmp_path / "path.kml").write_text("<kml/>")
+    with pytest.raises(ValueError, match="not from .kml"):
+        read_path(tmp_path / "path.kml", city, 0.75)
+    (tmp_path / "swapped.csv").write_text("11.5,148.1\n148.2,11.5\n")
+    with pytest.raises(ValueError, match="point 2 has latitude 148.2"):
+        read_path(tmp_path / "swapped.csv", city, 0.75)
+
+
+def test_sources_name_every_kind_of_licence_once(city):
+    """Whatever a video shows, its licences and attributions travel with it."""
+    first = np.arange(len(city)) < 40
+    mixed = City(city.folder)
+    mixed.header = dataclasses.replace(
+        city.header, licences=("CC0-1.0", "CC-BY-4.0"), attributions=("nobody", "Ada")
+    )
+    mixed.captures = dataclasses.replace(
+        city.captures,
+        licence=np.where(first, 0, 1).astype(np.int32),
+        attribution=np.where(first, 0, 1).astype(np.int32),
+        anonymised=first,
+    )
+    nobody = dict(licence="CC0-1.0", attribution="nobody", anonymised=True)
+    ada = dict(licence="CC-BY-4.0", attribution="Ada", anonymised=False)
+    assert sources(mixed, np.array([3, 1, 5])) == [nobody]
+    assert sources(mixed, np.array([70, 3, 71, 4])) == [ada, nobody]
+
+
+def test_all_files_are_written_and_say_what_was_used(city, poses, made, tmp_path):
+    facts = dict(fps=10.0, seed=3)
+    video = write_rollout(tmp_path / "out", made, city, CLIPS, poses, facts)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    pictures = {"overview.png", "map.png"}
+    assert names == pictures | {"video.mp4", "conditions.mp4", "generate.json"}
+    frames, fps = read_video(video)
+    assert (frames.shape, fps) == ((17, 32, 48, 3), 10.0)
+    conditions, _ = read_video(video.with_name("conditions.mp4"))
+    captures = np.concatenate([r.captures for r in made.retrievals])
+    assert len(conditions) == len(captures)
+    assert all(read_image(tmp_path / "out" / name).size for name in pictures)
+    sidecar = json.loads((tmp_path / "out" / "generate.json").read_text())
+    assert sidecar["captures"] == captures.tolist()
+    assert sidecar["drives"] == [r.drive for r in made.retrievals]
+    assert (sidecar["frames"], sidecar["seed"]) == (17, 3)
+    assert sidecar["sources"] == sources(city, captures)
+
+
+def test_the_sidecar_comes_last(city, poses, made, tmp_path):
+    """A folder with generate.json is whole: an interrupted one has none."""
+    (tmp_path / "map.png").mkdir()
+    with pytest.raises(OSError):
+        write_rollout(tmp_path, made, city, CLIPS, poses, dict(fps=10.0))
+    assert (tmp_path / "video.mp4").exists()
+    assert not (tmp_path / "generate.json").exists()
+
+
+def test_what_cannot_be_generated_is_refused_before_a_model_is_read(
+    city, poses, tmp_path, monkeypatch
+):
+    config = get_config("toy_city")
+    photo = np.zeros((64, 96, 3), np.uint8)
+
+    def never(*_, **__):
+        raise AssertionError("a model was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(door, "latest_model", never)
+        with pytest.raises(ValueError, match="--without=depth: choose of"):
+            generate(config, tmp_path, city, photo, poses, without=("depth",))
+        far = poses.copy()
+        far[:, :3, 3] += 1000.0
+        with pytest.raises(ValueError, match="clip 0 of the path"):
+            generate(config, tmp_path, city, photo, far)
+    with pytest.raises(ValueError, match="holds no model"):
+        generate(config, tmp_path, city, photo, poses)
+
+
+def test_the_command_line_ends_in_one_line_of_error(tmp_path):
+    config = training_city.ROOT / "configs" / "toy_city.py"
+    given = dict(config=config, checkpoint="x", city=tmp_path, image="x", path="x")
+    command = [sys.executable, "-m", "cityrag_jax.generate", f"--out={tmp_path}"]
+    ended = subprocess.run(
+        command + [f"--{name}={value}" for name, value in given.items()],
+        cwd=training_city.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
+    assert "Traceback" not in ended.stderr
