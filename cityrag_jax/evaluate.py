@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 from jaxtyping import Float64, UInt8
 from ml_collections import ConfigDict, config_flags
 
@@ -187,6 +187,7 @@ def _write(out, means, scores, examples, first_batch, config):
 def main(_) -> None:
     """Evaluate and print the table."""
     given = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
     try:
         means = evaluate(given.config, given.checkpoint, given.city, given.out)
     except ValueError as error:

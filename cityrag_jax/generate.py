@@ -17,7 +17,7 @@ import cv2
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 from jaxtyping import Float64, UInt8
 from ml_collections import ConfigDict, config_flags
 
@@ -175,6 +175,7 @@ def _write_map(path, made, city, ecef_from_camera):
 def main(_) -> None:
     """Check the inputs, generate, and write the results."""
     given = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
     config = given.config
     try:
         city = City(given.city)

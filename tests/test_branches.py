@@ -201,7 +201,7 @@ def content_in_condition(key):
 def content_in_poses(key):
     levels = jax.random.normal(key, (BATCH, SIZE[0], 1, 1, 1))
     content = jnp.broadcast_to(levels, (BATCH, *SIZE, 16))
-    frames = levels[:, np.repeat(np.arange(3), [1, 4, 4]), :, :, 0]
+    frames = levels[..., 0][:, np.repeat(np.arange(3), [1, 4, 4])]
     return content, make_conditions(poses=jnp.broadcast_to(frames, (BATCH, 9, 4, 4)))
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 
 from cityrag_jax import report
 from cityrag_jax.data import toy_city
 from cityrag_jax.data.build import build_toy_city
+from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_render import render_views
 from cityrag_jax.data.toy_scene import draw_scene
@@ -33,6 +35,15 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "configs" / "toy_city_weights"
 PATH_M = 24.0
 PHOTO_SCALE = 4
+# Four neighbourhoods of two streets, each driven twice: one neighbourhood is held out.
+PLAN = dict(
+    neighbourhoods=2,
+    blocks=1,
+    block_m=36.0,
+    routes=1,
+    route_streets=2,
+    step_m=(0.35, 0.5),
+)
 
 
 def read_config(path: Path, variant: str):
@@ -43,28 +54,36 @@ def read_config(path: Path, variant: str):
     return module.get_config(variant).unlock()
 
 
-def draw_path(config: toy_city.CityConfig, file: Path) -> None:
-    """Write the GeoJSON of a path around a corner of the first route that has one."""
-    drive = toy_city.drives(config)[0]
-    places = drive.enu_from_camera[:, :3, 3]
-    along = np.concatenate(
-        [[0.0], np.cumsum(np.linalg.norm(np.diff(places, axis=0), axis=1))]
-    )
-    forward = drive.enu_from_camera[:, :3, 2]
-    heading = np.unwrap(np.arctan2(forward[:, 0], forward[:, 1]))
-    wanted = np.arange(0.0, along[-1] - PATH_M, 1.0)
-    turns = np.interp(wanted + 0.75 * PATH_M, along, heading) - np.interp(
-        wanted + 0.25 * PATH_M, along, heading
-    )
-    start = wanted[np.argmax(np.abs(turns))]
-    points = np.arange(start, start + PATH_M + 0.1, 2.0)
-    enu = np.stack([np.interp(points, along, places[:, k]) for k in range(3)], -1)
+def draw_path(config: toy_city.CityConfig, held_out: int, file: Path) -> None:
+    """Write the GeoJSON of a path around the sharpest corner of a neighbourhood."""
+    corners = [
+        sharpest_corner(drive)
+        for drive in toy_city.drives(config)
+        if drive.neighbourhood == held_out
+    ]
+    _, enu = max(corners, key=lambda corner: corner[0])
     anchor = ecef_from_enu(config.latitude_deg, config.longitude_deg, config.height_m)
     latitude, longitude, height = geodetic_from_ecef(
         enu @ anchor[:3, :3].T + anchor[:3, 3]
     )
     rows = np.stack([longitude, latitude, height], -1).tolist()
     file.write_text(json.dumps({"type": "LineString", "coordinates": rows}))
+
+
+def sharpest_corner(drive: toy_city.Drive) -> tuple[float, np.ndarray]:
+    """Give the sharpest turn within `PATH_M` of a drive, radians, and its places."""
+    places = drive.enu_from_camera[:, :3, 3]
+    along = np.concatenate(
+        [[0.0], np.cumsum(np.linalg.norm(np.diff(places, axis=0), axis=1))]
+    )
+    forward = drive.enu_from_camera[:, :3, 2]
+    heading = np.unwrap(np.arctan2(forward[:, 0], forward[:, 1]))
+    starts = np.arange(0.0, along[-1] - PATH_M, 1.0)
+    before = np.interp(starts + 0.25 * PATH_M, along, heading)
+    turns = np.abs(np.interp(starts + 0.75 * PATH_M, along, heading) - before)
+    points = starts[np.argmax(turns)] + np.arange(0.0, PATH_M + 0.1, 2.0)
+    enu = np.stack([np.interp(points, along, places[:, k]) for k in range(3)], -1)
+    return float(turns.max()), enu
 
 
 def film(config: toy_city.CityConfig, ecef_from_camera, height, width, fov_deg):
@@ -87,6 +106,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--train-seconds", type=float, default=120.0)
     given = parser.parse_args()
+    logging.set_verbosity(logging.WARNING)
     out, began = given.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     config = read_config(ROOT / "configs" / "toy_city.py", "demo")
@@ -97,13 +117,14 @@ def main() -> None:
 
     folder = out / "city"
     say(f"A city of panoramas with poses on Earth, in {folder}")
-    toy = toy_city.city("honolulu", neighbourhoods=1, blocks=2, routes=1)
+    toy = toy_city.city("honolulu", **PLAN)
     if not (folder / "city.json").exists():
-        build_toy_city(toy, folder, height=512, num_frames=clips.num_frames)
+        build_toy_city(toy, folder, height=384, num_frames=clips.num_frames)
     city = City(folder)
+    held_out = int(load_pairs(folder).evaluation.neighbourhood[0])
 
     say("A path around a corner, and a photo taken where it starts, another day")
-    draw_path(toy, out / "path.geojson")
+    draw_path(toy, held_out, out / "path.geojson")
     poses = read_path(out / "path.geojson", city, float(config.sample.spacing_m))
     view = (clips.height, clips.width)
     truth = film(toy, poses, *view, clips.fov_deg)
