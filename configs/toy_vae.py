@@ -64,9 +64,10 @@ def _gpu() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 5000
-    config.train.batch_size = 16
+    config.train.batch_size = 8
     config.train.pool = 2048
-    config.train.window_frames = 9
+    # Whole clips: trained on 9 frames it gave 32 dB on those and 14 dB behind them.
+    config.train.window_frames = 33
     config.train.kl_weight = 1e-4
     config.train.ema_decay = 0.998
     config.train.patience = 3
