@@ -74,8 +74,10 @@ def test_shrinking_takes_means_over_areas(rng):
 
 
 @pytest.mark.parametrize("kind", ("csv", "geojson"))
-def test_a_drawn_path_becomes_poses_at_camera_height(city, poses, tmp_path, kind):
+def test_a_drawn_path_becomes_poses_at_camera_height(city, tmp_path, kind):
     """Heights come from the captures, 2 m over the anchor; 2 mm of curvature remain."""
+    enu = synthetic.line([0.5, 0.25, 2], 0, 26, 0.75)
+    poses = ecef_from_enu(*synthetic.ANCHOR) @ enu
     ends = poses[[0, -1], :3, 3]
     ends[1] += 0.3 * poses[-1, :3, 2]  # less than a step farther
     latitude, longitude, _ = geodetic_from_ecef(ends)
