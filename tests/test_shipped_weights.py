@@ -125,7 +125,7 @@ def test_unseen_clips_are_best_with_their_own_condition(scores):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="The shipped autoencoder saw windows of 9 frames; the next sees whole clips.",
+    reason="The shipped autoencoder was trained on windows of 9 frames.",
 )
 def test_the_autoencoder_holds_to_the_end_of_a_clip(scores):
     """Trained on short windows alone it drifts: 29 dB at first, then 13."""
