@@ -46,10 +46,8 @@ def fit_photo(
     Means over areas when shrinking, the reference's cubic kernel when enlarging.
     """
     h, w, _ = photo.shape
-    keep_h, keep_w = (
-        min(h, round(w * height / width)),
-        min(w, round(h * width / height)),
-    )
+    keep_h = min(h, max(1, round(w * height / width)))
+    keep_w = min(w, max(1, round(h * width / height)))
     top, left = (h - keep_h) // 2, (w - keep_w) // 2
     middle = photo[top : top + keep_h, left : left + keep_w]
     shrinks = keep_h > height

@@ -24,7 +24,6 @@ from cityrag_jax.data.clips import make_clip, plan_clip, stack_clips
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.evaluate import (
-    CEILING,
     ELSEWHERE,
     FULL,
     POSE_ALONE,
@@ -38,7 +37,7 @@ from cityrag_jax.training.tasks import describe_model
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "configs" / "toy_city_weights"
-WAYS = (FULL, POSE_ALONE, ELSEWHERE, CEILING)
+WAYS = (FULL, POSE_ALONE, ELSEWHERE)
 PLAN = dict(neighbourhoods=1, blocks=1, routes=1, route_streets=2)
 REACH_M = 18.0  # of the built street on both sides of its corner
 CLIPS, STEPS, SEED = 4, 6, 0
@@ -121,16 +120,6 @@ def test_unseen_clips_are_best_with_their_own_condition(scores):
     own = scores[FULL]["PSNR"]
     assert own > scores[POSE_ALONE]["PSNR"], scores
     assert own > scores[ELSEWHERE]["PSNR"], scores
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="The shipped autoencoder was trained on windows of 9 frames.",
-)
-def test_the_autoencoder_holds_to_the_end_of_a_clip(scores):
-    """Trained on short windows alone it drifts: 29 dB at first, then 13."""
-    ceiling = scores[CEILING]
-    assert ceiling["last quarter"] > ceiling["PSNR"] - 3, ceiling
 
 
 if __name__ == "__main__":

@@ -123,6 +123,8 @@ def poses_along(
         dense = resample_path(points_enu_m, step_m)
         # A smoothed right angle bends by 2 / sqrt(pi) / sigma at its middle.
         deviation = 2 / np.sqrt(np.pi) * turn_radius_m / step_m
+        # A short path is smoothed less, or its ends would move.
+        deviation = min(deviation, (len(dense) - 1) / 4)
         places = resample_path(_smooth(dense, deviation), spacing_m)
     ahead = np.gradient(places[:, :2], axis=0)
     return level_poses(places, np.arctan2(ahead[:, 0], ahead[:, 1]))

@@ -277,8 +277,8 @@ class VAEReconstruction(Task):
         return self._reconstruction_loss(params, to_unit(windows), noise_keys)
 
     def held_out_loss(self, params, examples):
-        """Reconstruct from the mean of the latents, the first window of each clip."""
-        video = to_unit(examples["frames"][:, : self.window])
+        """Reconstruct whole clips from the mean of their latents."""
+        video = to_unit(examples["frames"])
         vae = with_parameters(self._abstract, params)
         return reconstruction_errors(vae.decode_raw(vae.posterior(video)[0]), video)
 
