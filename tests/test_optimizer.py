@@ -109,6 +109,7 @@ def test_a_stack_is_orthogonalised_layer_by_layer(rng):
     x = jnp.asarray(rng.normal(size=(3, 8, 12)), jnp.float32)
     whole = orthogonalize(x)
     for i in range(3):
+        # Five iterations stretch a rounding of 6e-8 by up to 3.4445**5 = 485, to 3e-5.
         np.testing.assert_allclose(whole[i], orthogonalize(x[i]), rtol=0, atol=1e-5)
     singular = np.linalg.svd(np.asarray(whole), compute_uv=False)
     assert 0.5 < singular.min() and singular.max() < 1.3
