@@ -8,12 +8,15 @@ Source: the state dicts of Wan-Video/Wan2.1 and huggingface/diffusers 0.42.1.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from einops import rearrange
 
-from cityrag_jax.batch import PATCH
+from cityrag_jax.batch import PATCH, TIME_STRIDE
+from cityrag_jax.model.geo_branch import GeoBranch
+from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 
 NAMINGS = ("official", "diffusers")
 
@@ -67,6 +70,8 @@ MODULATION = Layout("1 S D", "S D")
 PATCHES = Layout("D C 1 p q", "(C p q) D", (("p", PATCH), ("q", PATCH)))
 CONV_3D = Layout("o i t y x", "t y x i o")
 CONV_2D = Layout("o i y x", "1 y x i o")
+# A convolution over whole groups of frames: ours flattens a group frame by frame.
+FRAME_GROUPS = Layout("o i k", "(k i) o", (("k", TIME_STRIDE),))
 
 
 def _dit_modules():
@@ -128,6 +133,64 @@ def dit_name(path: str) -> TorchName | None:
     leaf = "bias" if leaf == "bias" else "weight"
     official, diffusers = DIT_MODULES[module]
     return TorchName(f"{official}.{leaf}", f"{diffusers}.{leaf}", layout)
+
+
+def _geo_modules():
+    """List the geo branch's modules as (ours, theirs)."""
+    yield "patch_embedding", "geo.patch_embedding"
+    yield "layers.norm", "geo.blocks.{i}.norm"
+    for part in ("q", "k", "v", "o", "norm_q", "norm_k"):
+        yield f"layers.attention.{part}", f"geo.blocks.{{i}}.attn.{part}"
+
+
+# CityRAG has no PyTorch original: these names are ours, the same in both namings.
+BRANCH_MODULES = {
+    GeoBranch: dict(_geo_modules()),
+    TrajectoryEncoder: {
+        "conv": "pose.conv",
+        "mlp.fc1": "pose.mlp.0",
+        "mlp.fc2": "pose.mlp.2",
+        "projection": "pose.out.{i}",
+    },
+}
+BRANCH_CONVOLUTIONS = {
+    "geo.patch_embedding.weight": PATCHES,
+    "pose.conv.weight": FRAME_GROUPS,
+}
+
+
+def branch_names(branches: Sequence[Any]) -> NameTable:
+    """Give the table of a `WanDiT`'s `branches.*`, from its branches or their classes.
+
+    None for all other parameters, and for those of branches that are not CityRAG's.
+    """
+    classes = [b if isinstance(b, type) else type(b) for b in branches]
+
+    def name(path: str) -> TorchName | None:
+        first, _, rest = path.partition(".")
+        if first != "branches":
+            return None
+        index, _, rest = rest.partition(".")
+        module, _, leaf = rest.rpartition(".")
+        theirs = BRANCH_MODULES.get(classes[int(index)], {}).get(module)
+        if theirs is None:
+            return None
+        theirs = f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
+        layout = LINEAR if leaf == "kernel" else VECTOR
+        layout = BRANCH_CONVOLUTIONS.get(theirs, layout)
+        return TorchName(theirs, theirs, layout)
+
+    return name
+
+
+def transformer_names(branches: Sequence[Any] = ()) -> NameTable:
+    """Give the table of a whole `WanDiT`: Wan's own parameters and its branches'."""
+    of_branches = branch_names(branches)
+
+    def name(path: str) -> TorchName | None:
+        return dit_name(path) or of_branches(path)
+
+    return name
 
 
 # Parts of a residual block, of a resampling layer and of an attention block.
