@@ -5,7 +5,8 @@ holds which tensor, and `config.json`; the layout of huggingface/diffusers.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import jax
 import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 STEM = "diffusion_pytorch_model"
 INDEX_SUFFIX = ".safetensors.index.json"
+WRITTEN_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class CheckpointReader:
@@ -87,7 +88,7 @@ def write_checkpoint(
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write tensors, asking `read` for each when its shard is written.
+    """Write tensors, asking `read` for each when its turn comes: one is in memory.
 
     A path ending in .safetensors becomes one file, with the config in its metadata;
     else a folder of shards with index and config.json. The index is written last: a
@@ -110,11 +111,11 @@ def write_checkpoint(
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards = _plan_shards(tensors, max_shard_bytes)
     weight_map = {}
-    for number, names in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         count = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = path / f"{STEM}{count}.safetensors"
-        _write_file(file, names, read, metadata)
-        weight_map |= dict.fromkeys(names, file.name)
+        _write_file(file, shard, read, metadata)
+        weight_map |= dict.fromkeys(shard, file.name)
     total = sum(_num_bytes(tensor) for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     if len(shards) > 1:
@@ -122,25 +123,41 @@ def write_checkpoint(
         (path / f"{STEM}{INDEX_SUFFIX}").write_text(text)
 
 
-def _write_file(
-    path: Path,
-    names: Iterable[str],
-    read: Callable[[str], np.ndarray],
-    metadata: dict[str, str],
-) -> None:
-    # save_file writes the buffer as it lies, so transposed views are copied first.
-    tensors = {name: np.ascontiguousarray(read(name)) for name in names}
-    save_file(tensors, path, metadata=metadata)
+def _write_file(path, tensors, read, metadata):
+    """Write header and tensors one after the other; safetensors' own writer wants all.
+
+    Wide types come first, so that every tensor is aligned to its type.
+    """
+    names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
+    header, end = {"__metadata__": metadata}, 0
+    for name in names:
+        begin, end = end, end + _num_bytes(tensors[name])
+        header[name] = {
+            "dtype": WRITTEN_TYPES[np.dtype(tensors[name].dtype).name],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            value = np.ascontiguousarray(read(name))
+            wanted = tensors[name]
+            assert (value.shape, value.dtype) == (wanted.shape, wanted.dtype), name
+            file.write(value.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _plan_shards(tensors, max_shard_bytes):
-    """Cut the names, in order, into shards no larger than the limit where possible."""
-    shards, size = [[]], 0
+    """Cut the tensors, in order, into shards no larger than the limit if possible."""
+    shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + _num_bytes(tensor) > max_shard_bytes:
-            shards.append([])
+            shards.append({})
             size = 0
-        shards[-1].append(name)
+        shards[-1][name] = tensor
         size += _num_bytes(tensor)
     return shards
 
