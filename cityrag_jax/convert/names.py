@@ -21,6 +21,9 @@ from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 NAMINGS = ("official", "diffusers")
 
 
+FUSED = "{qkv}"  # in a name: q, k and v are three tensors there, one of ours
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A tensor's axes in torch and in ours, as einops patterns."""
@@ -49,6 +52,41 @@ class TorchName:
     official: str
     diffusers: str
     layout: Layout
+    diffusers_layout: Layout | None = None
+
+    def layout_in(self, naming: str) -> Layout:
+        """Give the layout in a naming; most are the same in both."""
+        other = self.diffusers_layout if naming == "diffusers" else None
+        return other or self.layout
+
+    def pieces(self, naming: str, layer: int | None = None) -> tuple[str, ...]:
+        """Name the tensors whose rows, one after another, make up the parameter.
+
+        One tensor but for fused projections, which diffusers' naming keeps apart.
+        """
+        name = self.name(naming, layer)
+        if FUSED not in name:
+            return (name,)
+        return tuple(name.replace(FUSED, part) for part in FUSED[1:-1])
+
+    def shapes(
+        self, naming: str, shape: tuple[int, ...], layer: int | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Map the tensors of a parameter, one layer of shape `shape`, to theirs."""
+        names = self.pieces(naming, layer)
+        rows, *rest = self.layout_in(naming).torch_shape(shape)
+        return dict.fromkeys(names, (rows // len(names), *rest))
+
+    def read(
+        self,
+        naming: str,
+        tensor: Callable[[str], np.ndarray],
+        layer: int | None = None,
+    ) -> np.ndarray:
+        """Read a parameter, or one layer of it, in our axes and its stored type."""
+        pieces = [tensor(name) for name in self.pieces(naming, layer)]
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return self.layout_in(naming).to_ours(whole)
 
     def name(self, naming: str, layer: int | None = None) -> str:
         """Give the name in a naming, for one layer of a stacked parameter."""
@@ -62,6 +100,14 @@ class TorchName:
 
 
 NameTable = Callable[[str], TorchName | None]
+# A checkpoint's name of a tensor as the tables have it; None if nothing reads it.
+Alias = Callable[[str], str | None]
+
+
+def same_name(name: str) -> str:
+    """Be the alias of checkpoints that hold what the table names and nothing else."""
+    return name
+
 
 VECTOR = Layout("D", "D")
 LINEAR = Layout("o i", "i o")
@@ -119,6 +165,11 @@ DIT_MODULATIONS = {
 }
 # Published diffusers checkpoints may hold these; nothing reads them.
 DIT_IGNORED = ("norm_added_q.weight",)
+
+
+def dit_alias(name: str) -> str | None:
+    """Ignore what published checkpoints hold and nothing reads."""
+    return None if name.endswith(DIT_IGNORED) else name
 
 
 def dit_name(path: str) -> TorchName | None:
@@ -262,3 +313,132 @@ def _vae_module(modules, layers_per_level):
         f"{half}.{official}.{part_official}",
         f"{half}.{diffusers}.{part_diffusers}",
     )
+
+
+UMT5_MODULES = {
+    "token_embedding": ("token_embedding", "shared"),
+    "norm": ("norm", "encoder.final_layer_norm"),
+}
+# Parts of a block, below `blocks.{i}` and `encoder.block.{i}.layer`.
+UMT5_PARTS = {
+    "norm1": ("norm1", "0.layer_norm"),
+    "attention.q": ("attn.q", "0.SelfAttention.q"),
+    "attention.k": ("attn.k", "0.SelfAttention.k"),
+    "attention.v": ("attn.v", "0.SelfAttention.v"),
+    "attention.o": ("attn.o", "0.SelfAttention.o"),
+    "attention.position_bias": (
+        "pos_embedding.embedding",
+        "0.SelfAttention.relative_attention_bias",
+    ),
+    "norm2": ("norm2", "1.layer_norm"),
+    "ffn.gate": ("ffn.gate.0", "1.DenseReluDense.wi_0"),
+    "ffn.fc1": ("ffn.fc1", "1.DenseReluDense.wi_1"),
+    "ffn.fc2": ("ffn.fc2", "1.DenseReluDense.wo"),
+}
+TABLE = Layout("n D", "n D")
+
+
+def umt5_name(path: str) -> TorchName:
+    """Name a parameter of `UMT5Encoder`; "diffusers" is transformers' naming."""
+    module = path.removesuffix(".kernel").removesuffix(".scale")
+    layout = {"kernel": LINEAR, "scale": VECTOR}.get(path.rpartition(".")[2], TABLE)
+    if module in UMT5_MODULES:
+        official, theirs = UMT5_MODULES[module]
+    else:
+        official, theirs = UMT5_PARTS[module.removeprefix("blocks.")]
+        official, theirs = (
+            f"blocks.{{i}}.{official}",
+            f"encoder.block.{{i}}.layer.{theirs}",
+        )
+    return TorchName(f"{official}.weight", f"{theirs}.weight", layout)
+
+
+def umt5_alias(name: str) -> str:
+    """Give the one name of the embedding, which transformers stores under either."""
+    return "shared.weight" if name == "encoder.embed_tokens.weight" else name
+
+
+# Parts of the image tower and of its blocks; what stands there is below CLIP_PREFIXES.
+CLIP_MODULES = {
+    "pre_norm": ("pre_norm", "pre_layrnorm"),
+    "blocks.norm1": ("transformer.{i}.norm1", "encoder.layers.{i}.layer_norm1"),
+    "blocks.qkv": (
+        "transformer.{i}.attn.to_qkv",
+        f"encoder.layers.{{i}}.self_attn.{FUSED}_proj",
+    ),
+    "blocks.proj": (
+        "transformer.{i}.attn.proj",
+        "encoder.layers.{i}.self_attn.out_proj",
+    ),
+    "blocks.norm2": ("transformer.{i}.norm2", "encoder.layers.{i}.layer_norm2"),
+    "blocks.mlp.fc1": ("transformer.{i}.mlp.0", "encoder.layers.{i}.mlp.fc1"),
+    "blocks.mlp.fc2": ("transformer.{i}.mlp.2", "encoder.layers.{i}.mlp.fc2"),
+}
+CLIP_PREFIXES = ("visual.", "vision_model.")
+# What Wan does not use: the text tower, the last norm and the heads.
+CLIP_IGNORED = (
+    "textual.",
+    "log_scale",
+    "visual.post_norm.",
+    "visual.head",
+    "text_model.",
+    "text_projection.",
+    "logit_scale",
+    "visual_projection.",
+    "vision_model.post_layernorm.",
+    "vision_model.embeddings.position_ids",
+)
+
+
+def clip_names(patch_size: int) -> NameTable:
+    """Give the table of `CLIPVision`; "diffusers" is transformers' naming."""
+    patches = Layout("D C p q", "(C p q) D", (("p", patch_size), ("q", patch_size)))
+    alone = {
+        "patch_kernel": TorchName(
+            "visual.patch_embedding.weight",
+            "vision_model.embeddings.patch_embedding.weight",
+            patches,
+        ),
+        "class_token": TorchName(
+            "visual.cls_embedding",
+            "vision_model.embeddings.class_embedding",
+            Layout("1 1 D", "D"),
+            VECTOR,
+        ),
+        "positions": TorchName(
+            "visual.pos_embedding",
+            "vision_model.embeddings.position_embedding.weight",
+            Layout("1 n D", "n D"),
+            TABLE,
+        ),
+    }
+
+    def name(path: str) -> TorchName:
+        if path in alone:
+            return alone[path]
+        module, _, leaf = path.rpartition(".")
+        layout = LINEAR if leaf == "kernel" else VECTOR
+        leaf = "bias" if leaf == "bias" else "weight"
+        official, theirs = (
+            f"{prefix}{module}.{leaf}"
+            for prefix, module in zip(CLIP_PREFIXES, CLIP_MODULES[module], strict=True)
+        )
+        return TorchName(official, theirs, layout)
+
+    return name
+
+
+def clip_alias(num_layers: int) -> Alias:
+    """Ignore what Wan does not use, the last block too; allow for a lost prefix."""
+    last = num_layers - 1
+    ignored = CLIP_IGNORED + (
+        f"visual.transformer.{last}.",
+        f"vision_model.encoder.layers.{last}.",
+    )
+    bare = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
+
+    def alias(name: str) -> str | None:
+        name = f"vision_model.{name}" if name.startswith(bare) else name
+        return None if name.startswith(ignored) else name
+
+    return alias

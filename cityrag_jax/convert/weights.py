@@ -1,4 +1,4 @@
-"""Load PyTorch checkpoints into our modules, and export the transformer back."""
+"""Load PyTorch checkpoints into our modules."""
 
 import dataclasses
 from pathlib import Path
@@ -10,15 +10,22 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from cityrag_jax.batch import PATCH
-from cityrag_jax.convert.files import CheckpointReader, write_checkpoint
+from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.convert.names import (
-    DIT_IGNORED,
     NAMINGS,
+    Alias,
+    clip_alias,
+    clip_names,
+    dit_alias,
     dit_name,
+    same_name,
+    umt5_alias,
+    umt5_name,
     vae_names,
 )
+from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
 from cityrag_jax.model.dit import DiTConfig, WanDiT
+from cityrag_jax.model.umt5 import UMT5Config, UMT5Encoder
 from cityrag_jax.model.vae import VAEConfig, WanVAE
 from cityrag_jax.parallel import param_shardings
 
@@ -41,7 +48,7 @@ def load_dit(
     def build() -> WanDiT:
         return WanDiT(config, rngs=nnx.Rngs(0))
 
-    return _load(path, build, dit_name, mesh, ignored=DIT_IGNORED)
+    return _load(path, build, dit_name, mesh, dit_alias)
 
 
 def load_vae(
@@ -60,49 +67,75 @@ def load_vae(
     return _load(path, build, vae_names(config.num_res_blocks), mesh)
 
 
-def export_dit(
-    model: WanDiT,
+def load_umt5(
     path: str | Path,
-    naming: str = "official",
+    config: UMT5Config,
     *,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write the base part of a transformer, in its own type, so that PyTorch opens it.
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+) -> UMT5Encoder:
+    """Load the text encoder as `load_dit` loads a transformer.
 
-    Branches are left out. `naming` is "official" or "diffusers". A path ending in
-    .safetensors becomes one file, else a folder with shards, index and config.json.
+    Official naming or transformers', whose embedding has one of two names or both.
     """
-    if naming not in NAMINGS:
-        raise ValueError(f"naming is {naming!r}; choose one of {', '.join(NAMINGS)}.")
-    params = dict(_flatten(nnx.state(model, nnx.Param)))
-    tensors, sources = {}, {}
-    for ours, param in params.items():
-        theirs = dit_name(ours)
-        if theirs is None:
-            continue
-        for layer in _layers(theirs, param):
-            name = theirs.name(naming, layer)
-            shape = param.shape if layer is None else param.shape[1:]
-            shape = theirs.layout.torch_shape(shape)
-            tensors[name] = jax.ShapeDtypeStruct(shape, param.dtype)
-            sources[name] = (param, layer, theirs.layout)
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
-    def read(name: str) -> np.ndarray:
-        param, layer, layout = sources[name]
-        value = param[...] if layer is None else param[layer]
-        return layout.to_torch(np.asarray(value))
+    def build() -> UMT5Encoder:
+        return UMT5Encoder(config, rngs=nnx.Rngs(0))
 
-    config = _dit_config(model.config, naming)
-    write_checkpoint(path, tensors, read, config, max_shard_bytes=max_shard_bytes)
+    return _load(path, build, umt5_name, mesh, umt5_alias)
 
 
-def _load(path, build, table, mesh, ignored=()):
+def load_clip_vision(
+    path: str | Path,
+    config: CLIPVisionConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+) -> CLIPVision:
+    """Load the image tower of a CLIP as `load_dit` loads a transformer.
+
+    Official naming or transformers'; what Wan does not use (the text tower, the last
+    block, what follows it) is left in the file and may be absent.
+    """
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+    def build() -> CLIPVision:
+        return CLIPVision(config, rngs=nnx.Rngs(0))
+
+    table = clip_names(config.patch_size)
+    return _load(path, build, table, mesh, clip_alias(config.num_layers))
+
+
+class AliasedReader:
+    """A reader under the names of our tables; what the alias drops is not there."""
+
+    def __init__(self, reader: CheckpointReader, alias: Alias):
+        self.path, self._reader = reader.path, reader
+        # Of two tensors with one alias, such as a tied embedding's, either will do.
+        pairs = {alias(name): name for name in sorted(reader.names())}
+        self._name = {alias: name for alias, name in pairs.items() if alias is not None}
+
+    def names(self) -> set[str]:
+        """Give the names of all tensors that are wanted, or unexpected."""
+        return set(self._name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give a tensor's shape without reading it."""
+        return self._reader.shape(self._name[name])
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor in the type it is stored in."""
+        return self._reader.read(self._name[name])
+
+
+def _load(path, build, table, mesh, alias=same_name):
     """Build the module abstractly, check every name and shape, then read."""
     graph, params = nnx.split(nnx.eval_shape(build))
     flat = dict(_flatten(params))
     names = {ours: table(ours) for ours in flat}
-    reader = CheckpointReader(path)
-    present = {n for n in reader.names() if not n.endswith(tuple(ignored) or ("\0",))}
+    reader = AliasedReader(CheckpointReader(path), alias)
+    present = reader.names()
     wanted = {naming: _wanted_shapes(flat, names, naming) for naming in NAMINGS}
     naming = max(NAMINGS, key=lambda naming: len(present & wanted[naming].keys()))
     _check(reader, present, wanted[naming], naming)
@@ -130,9 +163,8 @@ def _wanted_shapes(flat, names, naming):
     shapes = {}
     for ours, param in flat.items():
         shape = param.shape[1:] if names[ours].stacked else param.shape
-        shape = names[ours].layout.torch_shape(shape)
         for layer in _layers(names[ours], param):
-            shapes[names[ours].name(naming, layer)] = shape
+            shapes |= names[ours].shapes(naming, shape, layer)
     return shapes
 
 
@@ -160,11 +192,10 @@ def _check(reader, present, wanted, naming):
 def _read(reader, param, name, naming):
     """Read one parameter, all layers of a stacked one, in our axes and type."""
     if not name.stacked:
-        tensor = reader.read(name.name(naming))
-        return name.layout.to_ours(tensor).astype(param.dtype)
+        return name.read(naming, reader.read).astype(param.dtype)
     stack = np.empty(param.shape, param.dtype)
     for layer in _layers(name, param):
-        stack[layer] = name.layout.to_ours(reader.read(name.name(naming, layer)))
+        stack[layer] = name.read(naming, reader.read, layer)
     return stack
 
 
@@ -172,40 +203,3 @@ def _place(value, sharding):
     if sharding is None:
         return jnp.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
-
-
-def _dit_config(config, naming):
-    """Give the config.json that the naming's own classes are built from."""
-    if naming == "official":
-        return {
-            "_class_name": "WanModel",
-            "model_type": "t2v" if config.image_dim is None else "i2v",
-            "dim": config.dim,
-            "eps": config.eps,
-            "ffn_dim": config.ffn_dim,
-            "freq_dim": config.freq_dim,
-            "in_dim": config.in_channels,
-            "num_heads": config.num_heads,
-            "num_layers": config.num_layers,
-            "out_dim": config.out_channels,
-            "text_dim": config.text_dim,
-            "text_len": config.text_len,
-        }
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "added_kv_proj_dim": None if config.image_dim is None else config.dim,
-        "attention_head_dim": config.head_dim,
-        "cross_attn_norm": True,
-        "eps": config.eps,
-        "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim,
-        "image_dim": config.image_dim,
-        "in_channels": config.in_channels,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_layers,
-        "out_channels": config.out_channels,
-        "patch_size": [1, PATCH, PATCH],
-        "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024,
-        "text_dim": config.text_dim,
-    }
