@@ -29,13 +29,13 @@ PROMPTS = {
 }
 
 
-def train_tokenizer(folder):
+def train_tokenizer(folder, vocab_size=150):
     """Write a small `spiece.model` with UMT5's special ids: pad 0, end 1, unknown 2."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
         model_writer=model,
-        vocab_size=150,
+        vocab_size=vocab_size,
         pad_id=0,
         eos_id=1,
         unk_id=2,

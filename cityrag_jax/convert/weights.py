@@ -1,6 +1,7 @@
 """Load PyTorch checkpoints into our modules."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.convert.names import (
     NAMINGS,
     Alias,
+    TorchName,
     clip_alias,
     clip_names,
     dit_alias,
@@ -128,6 +130,10 @@ class AliasedReader:
         """Read one tensor in the type it is stored in."""
         return self._reader.read(self._name[name])
 
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Read some rows of a tensor."""
+        return self._reader.read(self._name[name])[rows]
+
 
 def _load(path, build, table, mesh, alias=same_name):
     """Build the module abstractly, check every name and shape, then read."""
@@ -135,16 +141,29 @@ def _load(path, build, table, mesh, alias=same_name):
     flat = dict(_flatten(params))
     names = {ours: table(ours) for ours in flat}
     reader = AliasedReader(CheckpointReader(path), alias)
-    present = reader.names()
-    wanted = {naming: _wanted_shapes(flat, names, naming) for naming in NAMINGS}
-    naming = max(NAMINGS, key=lambda naming: len(present & wanted[naming].keys()))
-    _check(reader, present, wanted[naming], naming)
+    naming = find_naming(reader, flat, names)
     shardings = {} if mesh is None else dict(_flatten(param_shardings(params, mesh)))
     for ours, param in flat.items():
         value = _read(reader, param, names[ours], naming)
         sharding = shardings[ours].get_value() if mesh is not None else None
         param.set_value(_place(value, sharding))
     return nnx.merge(graph, params)
+
+
+def find_naming(
+    reader: AliasedReader,
+    params: Mapping[str, nnx.Variable],
+    names: Mapping[str, TorchName],
+) -> str:
+    """Find out the naming of a checkpoint that is to fill `params`, by dotted path.
+
+    Raises one ValueError about every tensor that is missing, unexpected or misshapen.
+    """
+    present = reader.names()
+    wanted = {naming: _wanted_shapes(params, names, naming) for naming in NAMINGS}
+    naming = max(NAMINGS, key=lambda naming: len(present & wanted[naming].keys()))
+    _check(reader, present, wanted[naming], naming)
+    return naming
 
 
 def _flatten(params):

@@ -1,0 +1,172 @@
+"""Prompts through the whole UMT5-XXL on a small machine, one block at a time.
+
+Of 11 GB of published weights one block's lie in memory, and of the embedding the rows
+of the prompts' own tokens. Rows are computed at the prompts' true length, padded to a
+multiple of `STEP`: padding is masked, so the features are those of 512 rows.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from cityrag_jax.convert.files import INDEX_SUFFIX, CheckpointReader
+from cityrag_jax.convert.names import umt5_alias, umt5_name
+from cityrag_jax.convert.weights import AliasedReader, find_naming
+from cityrag_jax.model.layers import RMSNorm
+from cityrag_jax.model.tokenizer import FILES as TOKENIZER_FILES
+from cityrag_jax.model.tokenizer import Tokenizer
+from cityrag_jax.model.umt5 import UMT5Block, UMT5Config, UMT5Encoder
+
+STEP = 64
+OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
+OFFICIAL_TOKENIZER = "google/umt5-xxl"
+DIFFUSERS_WEIGHTS = "text_encoder"
+DIFFUSERS_TOKENIZER = "tokenizer"
+
+
+def encode_prompts(
+    source: Path, prompts: Sequence[str], *, dtype: DTypeLike = jnp.float32
+) -> list[np.ndarray]:
+    """Encode prompts with the text encoder of a checkpoint folder.
+
+    Gives float32 rows [S, E] for each prompt, cut at its true length (1 to 512).
+    `source` is the official folder or diffusers'; `dtype` is the linears' arithmetic.
+    Raises ValueError that names every missing file, or every tensor that does not fit.
+    """
+    weights, tokenizer = find_text_encoder(source)
+    ids, mask = Tokenizer(tokenizer)(prompts)
+    reader = AliasedReader(CheckpointReader(weights), umt5_alias)
+    config, naming = _read_config(reader, dtype)
+    lengths = mask.sum(axis=1)
+    streams = [
+        _embed(reader, naming, row[: min(len(row), -(-length // STEP) * STEP)])
+        for row, length in zip(ids, lengths, strict=True)
+    ]
+    with jax.default_matmul_precision("highest"):
+        for layer in tqdm(range(config.num_layers), "text encoder", unit="layer"):
+            block = _read_block(reader, naming, config, layer)
+            streams = [
+                _run(*block, x, n) for x, n in zip(streams, lengths, strict=True)
+            ]
+            jax.block_until_ready(streams)
+            del block  # before the next is read: one block is the peak
+        norm = _read_norm(reader, naming, config)
+        return [
+            np.asarray(norm(x))[0, :length]
+            for x, length in zip(streams, lengths, strict=True)
+        ]
+
+
+def find_text_encoder(source: str | Path) -> tuple[Path, Path]:
+    """Find the weights of the text encoder and the folder of its tokeniser.
+
+    Raises ValueError that names every missing file of the layout the folder has, of
+    the official one if it has none.
+    """
+    source = Path(source)
+    if (source / DIFFUSERS_WEIGHTS).is_dir() or (source / "model_index.json").exists():
+        weights, tokenizer = source / DIFFUSERS_WEIGHTS, source / DIFFUSERS_TOKENIZER
+        missing = _missing_shards(weights)
+    else:
+        weights, tokenizer = source / OFFICIAL_WEIGHTS, source / OFFICIAL_TOKENIZER
+        if not weights.exists():
+            weights = weights.with_suffix(".safetensors")
+        missing = [] if weights.is_file() else [source / OFFICIAL_WEIGHTS]
+    if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+        missing.append(tokenizer / " or ".join(TOKENIZER_FILES))
+    if missing:
+        lines = "\n  ".join(map(str, missing))
+        raise ValueError(
+            f"{source} lacks files of the text encoder; fetch them:\n  {lines}"
+        )
+    return weights, tokenizer
+
+
+def _missing_shards(folder):
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if not indices:
+        single = sorted(folder.glob("*.safetensors"))
+        return [] if single else [folder / f"model{INDEX_SUFFIX}"]
+    shards = set(json.loads(indices[0].read_text()).get("weight_map", {}).values())
+    return [folder / name for name in sorted(shards) if not (folder / name).is_file()]
+
+
+def _read_config(reader, dtype):
+    """Read sizes off the tensors' shapes, then check every name and shape."""
+    names = reader.names()
+    naming = "diffusers" if "shared.weight" in names else "official"
+
+    def shape(path: str, layer: int | None = None) -> tuple[int, ...]:
+        name = umt5_name(path).name(naming, layer)
+        if name not in names:
+            raise ValueError(
+                f"{reader.path} is no UMT5 text encoder: it has no {name}; give the "
+                "folder of a Wan 2.1 checkpoint."
+            )
+        return reader.shape(name)
+
+    vocab_size, dim = shape("token_embedding")
+    num_buckets, num_heads = shape("blocks.attention.position_bias", 0)
+    layers = re.compile(r"(?:encoder\.block|blocks)\.(\d+)\.")
+    found = [int(match[1]) for name in names if (match := layers.match(name))]
+    config = UMT5Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        attention_dim=shape("blocks.attention.q.kernel", 0)[0],
+        num_heads=num_heads,
+        ffn_dim=shape("blocks.ffn.fc1.kernel", 0)[0],
+        num_layers=1 + max(found),
+        num_buckets=num_buckets,
+        dtype=dtype,
+    )
+    encoder = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
+    params = _by_path(nnx.state(encoder, nnx.Param))
+    return config, find_naming(reader, params, {p: umt5_name(p) for p in params})
+
+
+def _embed(reader, naming, ids):
+    """Gather the rows of the embedding that the prompt needs, each once."""
+    unique, places = np.unique(ids, return_inverse=True)
+    rows = reader.read_rows(umt5_name("token_embedding").name(naming), unique)
+    return jnp.asarray(rows.astype(np.float32)[places])[None]
+
+
+def _read_block(reader, naming, config, layer):
+    """Read one block's parameters as they are stored, unless that is wider."""
+    block = nnx.eval_shape(lambda: UMT5Block(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(block)
+    for path, param in _by_path(params).items():
+        name = umt5_name(f"blocks.{path}")
+        param.set_value(_narrow(name.read(naming, reader.read, layer), config.dtype))
+    return graph, params
+
+
+def _read_norm(reader, naming, config):
+    norm = RMSNorm(config.dim, config.eps, param_dtype=config.dtype)
+    scale = umt5_name("norm.scale").read(naming, reader.read)
+    norm.scale.set_value(_narrow(scale, config.dtype))
+    return norm
+
+
+def _narrow(value, dtype):
+    wider = value.dtype.itemsize > np.dtype(dtype).itemsize
+    return jnp.asarray(value.astype(dtype) if wider else value)
+
+
+def _by_path(params):
+    return {".".join(map(str, path)): p for path, p in nnx.to_flat_state(params)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph, params, x, length):
+    mask = jnp.arange(x.shape[1]) < length
+    return nnx.merge(graph, params)(x, mask[None])

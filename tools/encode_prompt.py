@@ -1,0 +1,43 @@
+"""Encode a prompt with the text encoder of Wan 2.1, on a machine of any size.
+
+    python tools/encode_prompt.py --source=DIR --prompt=TEXT [--out=text.npy]
+
+DIR is a checkpoint as published, in the official layout or in diffusers'. One block's
+weights are in memory at a time: less than 4 GiB. The rows are written as float32.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cityrag_jax.convert.prompt import encode_prompts
+
+
+def main() -> None:
+    """Parse, encode and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--prompt", required=True, help="may be empty")
+    parser.add_argument("--out", type=Path, default=Path("text.npy"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = parser.parse_args()
+    try:
+        if not options.out.absolute().parent.is_dir():
+            raise ValueError(f"There is no folder for {options.out}; make it first.")
+        (rows,) = encode_prompts(
+            options.source, [options.prompt], dtype=np.dtype(options.dtype)
+        )
+        with options.out.open("wb") as file:
+            np.save(file, rows)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{options.out}: {rows.shape[0]} rows of width {rows.shape[1]}, float32")
+
+
+if __name__ == "__main__":
+    main()
