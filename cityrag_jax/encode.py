@@ -4,11 +4,13 @@ Pictures are uint8 on the host and [-1, 1] for every network. Source of the firs
 conditioning and the resampling: Wan-Video/Wan2.1, wan/image2video.py.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
 from cityrag_jax.batch import TIME_STRIDE, Clip, Conditions
+from cityrag_jax.model.clip_vision import CLIPVision
 from cityrag_jax.model.vae import WanVAE
 
 CUBIC = -0.75  # the reference's kernel; Catmull-Rom would be -0.5
@@ -102,21 +104,25 @@ def encode_target(vae: WanVAE, clip: Clip) -> Float32[Array, "B t h w z"]:
 
 
 def encode_conditions(
-    vae: WanVAE, clip: Clip, text: Float[Array | np.ndarray, "S E"]
+    vae: WanVAE,
+    clip: Clip,
+    text: Float[Array | np.ndarray, "S E"],
+    clip_vision: CLIPVision | None = None,
 ) -> Conditions:
     """Make what the transformer is told of a batch of clips, nothing dropped.
 
-    `text` is the fixed prompt's rows. The condition video is encoded padded, and its
+    `text` is the fixed prompt's rows; `clip_vision` sees the first images if the
+    transformer takes image features. The condition video is encoded padded, and its
     latents count 1 + (n - 1) // 4 for n real frames.
     """
     batch = clip.frames.shape[0]
+    images = to_unit(clip.frames[:, 0])
     num_frames = clip.first_from_camera.shape[1]
     lengths = jnp.asarray(clip.condition_length)
     return Conditions(
         text=jnp.broadcast_to(jnp.asarray(text)[None], (batch, *text.shape)),
-        first_frame=first_frames_conditioning(
-            vae, to_unit(clip.frames[:, 0]), num_frames
-        ),
+        image=clip_vision and clip_vision(jax.vmap(clip_pixels)(images)),
+        first_frame=first_frames_conditioning(vae, images, num_frames),
         geo_latents=vae.encode(to_unit(clip.condition)),
         geo_length=1 + (lengths - 1) // TIME_STRIDE,
         keep_geo=jnp.ones(batch),

@@ -5,8 +5,8 @@
 
 73 frames of 832x480, Muon at a fixed 1e-5 with warm-up, 20,000 updates; the paper used
 32 A100. The mesh is meant for 64 devices: 8 ways to shard parameters and batch, 8 ways
-to share a clip's tokens. Not trained by us yet; training needs CLIP features of the
-first image, which are not computed yet.
+to share a clip's tokens. Not trained by us yet. CONVERTED is a folder made by
+tools/convert_wan.py; its CLIP tower sees the first image.
 
 Text cross-attention is frozen as the paper says; its image twin and the embedders of
 text and image too (*assumed*). Batch and warm-up are *assumed*.

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int32
 from ml_collections import ConfigDict
@@ -31,6 +32,7 @@ from cityrag_jax.checkpoint import (
 )
 from cityrag_jax.diffusion import flow
 from cityrag_jax.encode import encode_conditions, encode_target, to_unit
+from cityrag_jax.model.clip_vision import CLIPVision
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
@@ -150,13 +152,13 @@ class CityRAG(Task):
         vae, vae_description = _find_vae(config.model.vae, start)
         self._check(vae)
         self._text = _find_text(config.model.text, self._transformer, start)
-        self.base = Bundle(
-            {"vae": vae},
-            {"vae": vae_description, self.part: self.description},
-            self._text,
-        )
-        self._vae, self._vae_params = vae, parameters(vae)
-        self._encode = jax.jit(self._encode_with)
+        self._encoders = {"vae": vae}
+        descriptions = {"vae": vae_description, self.part: self.description}
+        if self._transformer.image_dim is not None:
+            self._encoders["clip"] = _find_clip(self._transformer, start)
+            descriptions["clip"] = start.descriptions["clip"]
+        self.base = Bundle(self._encoders, descriptions, self._text)
+        self._encode = jax.jit(encode_example)
 
     def _check(self, vae: WanVAE) -> None:
         z, config = vae.config.z_dim, self._transformer
@@ -166,11 +168,6 @@ class CityRAG(Task):
                 f"The transformer has {config.in_channels} channels in and "
                 f"{config.out_channels} out; with an autoencoder of {z} channels it "
                 f"needs {wanted} (noise, mask, first image) and {z}."
-            )
-        if config.image_dim is not None:
-            raise ValueError(
-                f"model.transformer.image_dim is {config.image_dim}, but training does "
-                "not compute CLIP features yet; set it to None."
             )
 
     def _continue(self, fresh, given):
@@ -183,20 +180,8 @@ class CityRAG(Task):
         return parameters(model)
 
     def encode(self, clip: Clip) -> Examples:
-        """Encode target, first image and condition video with the frozen VAE."""
-        return self._encode(self._vae_params, clip)
-
-    def _encode_with(self, vae_params: Params, clip: Clip) -> Examples:
-        vae = with_parameters(self._vae, vae_params)
-        conditions = encode_conditions(vae, clip, self._text)
-        return {
-            "latents": encode_target(vae, clip),
-            "first_frame": conditions.first_frame,
-            "geo_latents": conditions.geo_latents,
-            "geo_length": conditions.geo_length,
-            "poses": conditions.poses,
-            "clip_id": jnp.asarray(clip.clip_id),
-        }
+        """Encode target, first image and condition video with the frozen encoders."""
+        return self._encode(self._encoders, clip, self._text)
 
     def loss(self, params, examples, step):
         """Flow-matching loss at one noise level for each clip."""
@@ -223,6 +208,7 @@ class CityRAG(Task):
         noisy = flow.interpolate(latents, noise, sigma)
         conditions = Conditions(
             text=jnp.broadcast_to(self._text[None], (len(latents), *self._text.shape)),
+            image=examples.get("image"),
             first_frame=examples["first_frame"],
             geo_latents=examples["geo_latents"],
             geo_length=examples["geo_length"],
@@ -238,6 +224,23 @@ class CityRAG(Task):
             model.prepare(conditions),
         )
         return flow.loss(velocity, noise, latents)
+
+
+def encode_example(
+    encoders: dict[str, nnx.Module], clip: Clip, text: Float[Array | np.ndarray, "S E"]
+) -> Examples:
+    """Encode a batch of clips by the autoencoder and, if there is one, CLIP."""
+    conditions = encode_conditions(encoders["vae"], clip, text, encoders.get("clip"))
+    example = {
+        "latents": encode_target(encoders["vae"], clip),
+        "image": conditions.image,
+        "first_frame": conditions.first_frame,
+        "geo_latents": conditions.geo_latents,
+        "geo_length": conditions.geo_length,
+        "poses": conditions.poses,
+        "clip_id": jnp.asarray(clip.clip_id),
+    }
+    return {name: x for name, x in example.items() if x is not None}
 
 
 class VAEReconstruction(Task):
@@ -337,6 +340,23 @@ def _find_vae(path: str, start: Bundle | None) -> tuple[WanVAE, Description]:
             "and give --config.model.vae=DIR."
         )
     return bundle.modules["vae"], bundle.descriptions["vae"]
+
+
+def _find_clip(config: DiTConfig, start: Bundle | None) -> CLIPVision:
+    if start is None or "clip" not in start.modules:
+        where = start.origin if start else "train.init_from (not given)"
+        raise ValueError(
+            f"The transformer takes image features of {config.image_dim}, but there is "
+            f"no CLIP tower in {where}. Give a model made by tools/convert_wan.py, or "
+            "set model.transformer.image_dim to None."
+        )
+    clip = start.modules["clip"]
+    if clip.config.dim != config.image_dim:
+        raise ValueError(
+            f"model.transformer.image_dim is {config.image_dim}, the CLIP tower in "
+            f"{start.origin} gives {clip.config.dim}; make them equal."
+        )
+    return clip
 
 
 def _find_text(kind: str, config: DiTConfig, start: Bundle | None) -> np.ndarray:
