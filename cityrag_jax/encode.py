@@ -7,10 +7,11 @@ conditioning and the resampling: Wan-Video/Wan2.1, wan/image2video.py.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from cityrag_jax.batch import TIME_STRIDE, Clip, Conditions
+from cityrag_jax.batch import PATCH, SPACE_STRIDE, TIME_STRIDE, Clip, Conditions
 from cityrag_jax.model.clip_vision import CLIPVision
+from cityrag_jax.model.umt5 import UMT5Encoder
 from cityrag_jax.model.vae import WanVAE
 
 CUBIC = -0.75  # the reference's kernel; Catmull-Rom would be -0.5
@@ -96,6 +97,49 @@ def first_frames_conditioning(
     # Frame 0 fills its group of four alone, so all four channels mark latent frame 0.
     mask = jnp.zeros((*latents.shape[:-1], TIME_STRIDE)).at[:, 0].set(1)
     return jnp.concatenate([mask, latents], axis=-1)
+
+
+def fit_pixel_budget(height: int, width: int, area: int) -> tuple[int, int]:
+    """Give the video's (H, W) for a picture, as the official code fits an area.
+
+    Whole patches of 16 pixels, rounded down from the picture's own shape. Roots come
+    out just below whole numbers: 480x832 under 480 * 832 pixels gives 464x832.
+    """
+    side = SPACE_STRIDE * PATCH
+    ratio = height / width
+    rows, columns = np.sqrt(area * ratio), np.sqrt(area / ratio)
+    return int(rows // side) * side, int(columns // side) * side
+
+
+def encode_text(
+    encoder: UMT5Encoder,
+    ids: Int[Array | np.ndarray, "B S"],
+    mask: Int[Array | np.ndarray, "B S"],
+) -> Float32[Array, "B S E"]:
+    """Encode prompts as the transformer takes them: zeros behind the true length."""
+    real = jnp.asarray(mask) != 0
+    return jnp.where(real[..., None], encoder(ids, mask), 0)
+
+
+def image_to_video_conditions(
+    vae: WanVAE,
+    clip_vision: CLIPVision,
+    image: Float[Array | np.ndarray, "h w 3"],
+    text: Float[Array | np.ndarray, "S E"],
+    size: tuple[int, int],
+    num_frames: int,
+) -> Conditions:
+    """Make what official image-to-video tells the transformer of one picture.
+
+    `image` in [-1, 1] is of any size: the video's frame 0 is it resized to `size`
+    (H, W), CLIP sees it as it is. `text` holds the prompt's rows, at most 512.
+    """
+    frame = resize_bicubic(image, size)
+    return Conditions(
+        text=jnp.asarray(text)[None],
+        image=clip_vision(clip_pixels(image)[None]),
+        first_frame=first_frames_conditioning(vae, frame[None], num_frames),
+    )
 
 
 def encode_target(vae: WanVAE, clip: Clip) -> Float32[Array, "B t h w z"]:

@@ -11,6 +11,7 @@ from cityrag_jax.encode import (
     encode_conditions,
     encode_target,
     first_frame_conditioning,
+    fit_pixel_budget,
     resize_bicubic,
     to_pixels,
     to_unit,
@@ -33,6 +34,15 @@ def test_resize_equals_the_reference_kernel():
         expected = np.moveaxis(golden[f"{case}_out"][0], 0, -1)
         resized = resize_bicubic(image, expected.shape[:2])
         np.testing.assert_allclose(resized, expected, atol=1e-5)
+
+
+def test_sizes_equal_the_official_rule_exactly():
+    """Rows of the golden: picture, pixel budget, latent grid; 480x832 gives 464x832."""
+    rows = np.load("tests/golden/resize.npz")["grid_rows"]
+    for height, width, area, latent_height, latent_width in rows.tolist():
+        size = fit_pixel_budget(height, width, area)
+        assert size == (8 * latent_height, 8 * latent_width)
+    assert fit_pixel_budget(480, 832, 480 * 832) == (464, 832)
 
 
 def test_pixels_survive_the_round_trip():
