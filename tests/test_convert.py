@@ -240,7 +240,7 @@ def test_a_path_that_holds_no_checkpoint_is_refused(tmp_path):
         load_dit(tmp_path, I2V)
     pickle = tmp_path / "Wan2.1_VAE.pth"
     pickle.write_bytes(b"\x80\x02not safetensors")
-    with pytest.raises(ValueError, match="convert a pickle to safetensors"):
+    with pytest.raises(ValueError, match="Wan2.1_VAE.pth is refused"):
         load_vae(pickle, VAEConfig())
 
 

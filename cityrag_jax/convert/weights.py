@@ -132,7 +132,7 @@ class AliasedReader:
 
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Read some rows of a tensor."""
-        return self._reader.read(self._name[name])[rows]
+        return self._reader.read_rows(self._name[name], rows)
 
 
 def _load(path, build, table, mesh, alias=same_name):
