@@ -16,8 +16,8 @@ from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import (
     abstract_model,
     latest_model,
+    load_bundle,
     parameters,
-    read_description,
 )
 from cityrag_jax.data import build, toy_city
 from cityrag_jax.data.clips import make_clip, plan_clip, stack_clips
@@ -105,10 +105,12 @@ def scores(tmp_path_factory) -> dict[str, dict[str, float]]:
 def test_weights_are_small_and_those_of_the_config():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20 * 2**20
+    assert max(path.stat().st_size for path in files) < 15 * 2**20
+    descriptions = load_bundle(WEIGHTS).descriptions
     total = 0
     for name, config in (("transformer", "toy_city"), ("vae", "toy_vae")):
         wanted = abstract_model(describe_model(get_config(config, "gpu")))
-        stored = abstract_model(read_description(WEIGHTS / name))
+        stored = abstract_model(descriptions[name])
         shapes = {k: x.shape for k, x in parameters(stored).items()}
         assert shapes == {k: x.shape for k, x in parameters(wanted).items()}
         total += sum(int(np.prod(shape)) for shape in shapes.values())

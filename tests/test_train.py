@@ -98,10 +98,10 @@ def test_a_resumed_training_is_bitwise_the_same(folder, config, finished):
 
 
 def test_a_finished_training_is_left_alone(config, finished, capsys):
-    before = (finished / "model" / "bundle.json").stat().st_mtime_ns
+    before = (finished / "model" / "config.json").stat().st_mtime_ns
     trainer.train(config, finished)
     assert "ended before" in capsys.readouterr().out
-    assert (finished / "model" / "bundle.json").stat().st_mtime_ns == before
+    assert (finished / "model" / "config.json").stat().st_mtime_ns == before
 
 
 def test_another_config_in_the_same_workdir_is_refused(config, finished):

@@ -1,0 +1,66 @@
+"""Models and training states on disk: Orbax behind one door.
+
+One call opens whatever was converted or trained, each network when it is asked for, its
+parameters in the type and on the mesh that you want:
+
+    import jax.numpy as jnp
+    from cityrag_jax.checkpoint import latest_model, verify_bundle
+    from cityrag_jax.parallel import make_mesh
+
+    verify_bundle(DIR)  # if you mistrust the disk
+    bundle = latest_model(DIR, mesh=make_mesh(fsdp=8), dtype=jnp.bfloat16)
+    print(sorted(bundle.modules), bundle.text.shape, bundle.origin)  # nothing read yet
+    vae = bundle.modules["vae"]  # read now, kept for the next time
+    transformer = bundle.modules["transformer"]  # each process reads its own shards
+    print(vae.config.z_dim, transformer.config.num_layers)
+
+`bundles.py` says what lies on disk, `items.py` how arrays are cut, `training.py` what a
+training workdir holds, `descriptions.py` how a module becomes JSON.
+"""
+
+from cityrag_jax.checkpoint.bundles import (
+    FORMAT,
+    Bundle,
+    Modules,
+    load_bundle,
+    save_bundle,
+    verify_bundle,
+)
+from cityrag_jax.checkpoint.descriptions import (
+    Arrays,
+    Description,
+    abstract_model,
+    build_model,
+    describe,
+    draw_parameters,
+    new_model,
+    parameter_shardings,
+    parameters,
+    read_config,
+    stacked_parameters,
+    with_parameters,
+)
+from cityrag_jax.checkpoint.training import TrainingCheckpoints, latest_model
+
+__all__ = [
+    "FORMAT",
+    "Arrays",
+    "Bundle",
+    "Description",
+    "Modules",
+    "TrainingCheckpoints",
+    "abstract_model",
+    "build_model",
+    "describe",
+    "draw_parameters",
+    "latest_model",
+    "load_bundle",
+    "new_model",
+    "parameter_shardings",
+    "parameters",
+    "read_config",
+    "save_bundle",
+    "stacked_parameters",
+    "verify_bundle",
+    "with_parameters",
+]

@@ -1,0 +1,157 @@
+"""Modules as plain JSON, and their parameters as a flat dict by dotted name.
+
+A description is class, config fields and branches of a module: what `build_model` needs
+to make it again. A parameter is stacked if it has a leading layer axis.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from cityrag_jax.parallel import param_shardings
+
+_MODELS = "cityrag_jax.model."
+
+Arrays = dict[str, Any]  # dotted name -> array or jax.ShapeDtypeStruct
+Description = dict[str, Any]
+
+
+def parameters(model: nnx.Module) -> Arrays:
+    """Give the parameters by dotted name, such as `blocks.ffn.fc1.kernel`."""
+    return {name: v.get_value() for name, v in _variables(model).items()}
+
+
+def with_parameters(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
+    """Give a module like `model`, which may be abstract, with these parameters."""
+    structure, state, rest = nnx.split(model, nnx.Param, ...)
+    assert not jax.tree.leaves(rest), "every array of a model is an nnx.Param"
+    flat = [
+        (path, v.replace(values[_name(path)])) for path, v in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(structure, nnx.from_flat_state(flat), rest)
+
+
+def stacked_parameters(model: nnx.Module) -> frozenset[str]:
+    """Name the parameters with a leading layer axis: one more than their `axes`."""
+    return frozenset(
+        name
+        for name, v in _variables(model).items()
+        if len(v.get_metadata().get("axes") or v.shape) < len(v.shape)
+    )
+
+
+def parameter_shardings(model: nnx.Module, mesh: Mesh | None) -> dict[str, Sharding]:
+    """Give the sharding of every parameter; without a mesh, the first device."""
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return dict.fromkeys(_variables(model), here)
+    state = param_shardings(nnx.state(model, nnx.Param), mesh)
+    return {_name(path): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    return {
+        _name(path): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def describe(
+    model_class: type, config: Any, branches: tuple[tuple[type, dict], ...] = ()
+) -> Description:
+    """Describe a module so that `build_model` can make it again.
+
+    `config` is its frozen dataclass; a branch is its class and its keyword arguments
+    behind the transformer's config.
+    """
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {
+        "class": _class_name(model_class),
+        "config_class": _class_name(type(config)),
+        "config": {name: _to_json(name, value) for name, value in fields.items()},
+        "branches": [
+            {"class": _class_name(branch), "arguments": dict(arguments)}
+            for branch, arguments in branches
+        ],
+    }
+
+
+def build_model(
+    description: Description, rngs: nnx.Rngs, dtype: DTypeLike | None = None
+) -> nnx.Module:
+    """Build the described module; `dtype` replaces both types of its config."""
+    config = read_config(description)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    branches = tuple(
+        _find_class(branch["class"])(config, **branch["arguments"], rngs=rngs)
+        for branch in description["branches"]
+    )
+    extra = {"branches": branches} if branches else {}
+    return _find_class(description["class"])(config, **extra, rngs=rngs)
+
+
+def read_config(description: Description) -> Any:
+    """Give the config dataclass that stands in a description."""
+    fields = {k: _from_json(k, v) for k, v in description["config"].items()}
+    return _find_class(description["config_class"])(**fields)
+
+
+def abstract_model(
+    description: Description, dtype: DTypeLike | None = None
+) -> nnx.Module:
+    """Build the described module without allocating anything."""
+    return nnx.eval_shape(lambda: build_model(description, nnx.Rngs(0), dtype))
+
+
+def new_model(description: Description, seed: int) -> nnx.Module:
+    """Build the described module, drawn under jit: much faster than op by op."""
+    values = draw_parameters(description, seed)
+    return with_parameters(abstract_model(description), values)
+
+
+def draw_parameters(
+    description: Description, seed: int, shardings: Mapping[str, Sharding] | None = None
+) -> Arrays:
+    """Draw the parameters of a new module, each onto its shards."""
+
+    def draw():
+        return parameters(build_model(description, nnx.Rngs(seed)))
+
+    return jax.jit(draw, out_shardings=shardings and dict(shardings))()
+
+
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _find_class(name: str) -> type:
+    """Import a class of `cityrag_jax.model` by name; a folder may name no other."""
+    module, _, attribute = name.rpartition(".")
+    if not module.startswith(_MODELS) or not attribute.isidentifier():
+        raise ValueError(
+            f"config.json names the class {name}; only classes under {_MODELS}* are "
+            "built. Is this folder a checkpoint of cityrag_jax?"
+        )
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _to_json(name: str, value: Any) -> Any:
+    return jnp.dtype(value).name if name.endswith("dtype") else value
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if name.endswith("dtype"):
+        return jnp.dtype(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,252 @@
+"""The items of a bundle's module: what Orbax sees.
+
+A bundle's module is a folder of items, each an Orbax folder of its own: `rest` with the
+parameters that are not stacked, `block_000` with layer 0 of every stacked one, and so
+on. Reading goes item by item straight onto the shards, so that neither host nor device
+ever holds more than the result and one item.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+from orbax.checkpoint import v1 as ocp
+
+from cityrag_jax.checkpoint.descriptions import Arrays
+from cityrag_jax.checkpoint.digests import (
+    broken_arrays,
+    compare_names,
+    digest_arrays,
+    raise_damaged,
+    unreadable,
+)
+from cityrag_jax.checkpoint.files import read_json, write_json
+
+REST = "rest"
+DIGESTS = "digests.json"
+CHUNK_BYTES = 16 * 2**20  # what is read at once: a process reads only its own chunks
+
+
+def block_name(layer: int) -> str:
+    """Name the item of a layer."""
+    return f"block_{layer:03}"
+
+
+def write_arrays(
+    folder: Path,
+    values: Arrays,
+    stacked: frozenset[str],
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Write arrays as a new folder of items with their digests; `dtype` casts them."""
+    folder.mkdir(parents=True)
+    digests = {}
+    for item, arrays in _split_items(values, stacked):
+        if dtype is not None:
+            arrays = _cast(arrays, dict.fromkeys(arrays, np.dtype(dtype)))
+        digests[item] = write_item(folder / item, arrays)
+    write_json(folder / DIGESTS, digests)
+
+
+def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str, int]:
+    """Write one item and give its digests; NumPy arrays are not copied."""
+    context = ocp.Context()
+    context.array.saving.use_compression = compress
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+    context.memory.deepcopy_host_arrays = False  # nobody writes to them meanwhile
+    with context:
+        ocp.save(path.absolute(), arrays)
+    # Orbax writes the folder's name of that moment there; nobody reads it.
+    committed = path / "commit_success.txt"
+    if committed.exists():
+        committed.write_text("Checkpoint commit was successful")
+    return digest_arrays(arrays)
+
+
+def read_arrays(
+    folder: Path,
+    wanted: Arrays,
+    stacked: frozenset[str],
+    *,
+    verify: bool = False,
+) -> Arrays:
+    """Read arrays as `wanted` says (shape, type, sharding), item by item.
+
+    Raises one ValueError with all names and shapes that differ, or with `verify` all
+    arrays whose checksum does not fit.
+    """
+    plan = plan_items(wanted, stacked)
+    stored = {item.name: _metadata(item) for item in _item_folders(folder)}
+    compare_names(_by_layer(plan), _by_layer(stored), folder)
+    digests = read_json(folder / DIGESTS) if verify else {}
+    stacks = _zeros({n: x for n, x in wanted.items() if is_stacked(n, stacked)})
+    result, broken = {}, []
+    for item, shapes in plan.items():
+        arrays = _load(folder / item, shapes, stored[item])
+        if verify:
+            broken += broken_arrays(arrays, digests.get(item, {}), f"{item}/")
+        if item == REST:
+            result |= _cast(arrays, {n: x.dtype for n, x in shapes.items()})
+        else:
+            layer = int(item.rpartition("_")[2])
+            some = {name: stacks[name] for name in arrays}
+            stacks |= _insert(some, arrays, layer)
+    raise_damaged(broken, sum(map(len, plan.values())), folder)
+    result |= stacks
+    for name, x in wanted.items():
+        assert result[name].sharding.is_equivalent_to(x.sharding, len(x.shape)), name
+    # Equivalent shardings may be spelt differently, and jit compiles for each spelling.
+    return {
+        name: jax.device_put(result[name], x.sharding) for name, x in wanted.items()
+    }
+
+
+def find_damage(folder: Path) -> list[str]:
+    """Compare every array of a module with its digest, one item in memory at a time.
+
+    Gives a line for each array that differs and each item that cannot be read.
+    """
+    digests = read_json(folder / DIGESTS)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    lines = []
+    for item in sorted(digests.keys() | {i.name for i in _item_folders(folder)}):
+        path = folder / item
+        if item not in digests or not path.is_dir():
+            lines.append(f"{path}: {'not listed' if path.is_dir() else 'missing'}")
+            continue
+        try:
+            stored = _metadata(path)
+            shapes = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+                for name, x in stored.items()
+            }
+            arrays = _load(path, shapes, stored)
+        except ValueError as error:
+            lines.append(str(error))
+            continue
+        missing = [f"{path}: no {name}" for name in digests[item].keys() - arrays]
+        lines += sorted(missing) + broken_arrays(arrays, digests[item], f"{path}: ")
+    return lines
+
+
+def plan_items(wanted: Arrays, stacked: frozenset[str]) -> dict[str, Arrays]:
+    """Say which abstract arrays each item holds, layers with their own shardings."""
+    plan: dict[str, Arrays] = {}
+    for name, x in wanted.items():
+        if not is_stacked(name, stacked):
+            plan.setdefault(REST, {})[name] = x
+            continue
+        layer = abstract_layer(x)
+        for i in range(x.shape[0]):
+            plan.setdefault(block_name(i), {})[name] = layer
+    return dict(sorted(plan.items(), key=lambda item: (item[0] != REST, item[0])))
+
+
+def _split_items(values, stacked) -> Iterator[tuple[str, Arrays]]:
+    stacks = {n: x for n, x in values.items() if is_stacked(n, stacked)}
+    rest = {n: x for n, x in values.items() if n not in stacks}
+    if rest:
+        yield REST, rest
+    for layer in range(max((len(x) for x in stacks.values()), default=0)):
+        deep = {n: x for n, x in stacks.items() if len(x) > layer}
+        yield block_name(layer), _take(deep, layer)
+
+
+def _cast(arrays: Arrays, dtypes: Mapping[str, np.dtype]) -> Arrays:
+    """Cast on the devices those that have another type, in one program."""
+    others = {n: x for n, x in arrays.items() if x.dtype != dtypes[n]}
+    return arrays | _astype(others, tuple(dtypes[n] for n in others))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _astype(arrays, dtypes):
+    pairs = zip(arrays.items(), dtypes, strict=True)
+    return {name: x.astype(dtype) for (name, x), dtype in pairs}
+
+
+@jax.jit
+def _take(stacks, layer):
+    return {
+        name: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        for name, x in stacks.items()
+    }
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stacks, layers, index):
+    return {
+        name: jax.lax.dynamic_update_index_in_dim(
+            x, layers[name].astype(x.dtype), index, 0
+        )
+        for name, x in stacks.items()
+    }
+
+
+def _zeros(wanted: Arrays) -> Arrays:
+    """Make all in one program: a compilation each would take longer than reading."""
+
+    def make():
+        return {name: jnp.zeros(x.shape, x.dtype) for name, x in wanted.items()}
+
+    return jax.jit(make, out_shardings={n: x.sharding for n, x in wanted.items()})()
+
+
+def _item_folders(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+def _by_layer(items: Mapping[str, Arrays]) -> Arrays:
+    return {
+        f"{name}@{item.rpartition('_')[2]}" if item != REST else name: x
+        for item, arrays in items.items()
+        for name, x in arrays.items()
+    }
+
+
+def _metadata(path: Path) -> Arrays:
+    try:
+        return dict(ocp.metadata(path.absolute()).metadata)
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise unreadable(path, error) from error
+
+
+def _load(path: Path, wanted: Arrays, stored: Arrays) -> Arrays:
+    # Read in the stored type: Orbax would cast silently and the digest would not fit.
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
+        for name, x in wanted.items()
+    }
+    try:
+        return ocp.load(path.absolute(), abstract)
+    except (ValueError, OSError) as error:
+        raise unreadable(path, error) from error
+
+
+def is_stacked(name: str, stacked: frozenset[str]) -> bool:
+    """Say whether an array is; optimiser leaves are named `path/of/state/parameter`."""
+    return name.rpartition("/")[2] in stacked
+
+
+def abstract_layer(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Give a layer of an abstract stack; what split the layers splits its next axis."""
+    sharding = _layer_sharding(x.shape, x.sharding)
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+
+
+def _layer_sharding(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    first, *rest = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    if first is not None:
+        names = first if isinstance(first, tuple) else (first,)
+        size = int(np.prod([sharding.mesh.shape[n] for n in names]))
+        fits = [i for i, n in enumerate(shape[1:]) if rest[i] is None and n % size == 0]
+        if fits:
+            rest[fits[0]] = first
+    return NamedSharding(sharding.mesh, PartitionSpec(*rest))

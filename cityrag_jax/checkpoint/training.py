@@ -1,0 +1,286 @@
+"""Training checkpoints, and the newest model wherever it stands.
+
+A training workdir holds `base/` (a bundle: what does not change), `checkpoints/STEP/`
+and at the end `model/` (a bundle). A checkpoint is some groups of arrays, each one
+Orbax folder in which a stacked array is one entry for each layer (`name@000`), and
+notes. Every restore verifies the digests.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from cityrag_jax.checkpoint.bundles import (
+    FORMAT,
+    Bundle,
+    Modules,
+    abstract_parameters,
+    is_bundle,
+    load_bundle,
+)
+from cityrag_jax.checkpoint.descriptions import (
+    Arrays,
+    abstract_model,
+    parameter_shardings,
+    stacked_parameters,
+    with_parameters,
+)
+from cityrag_jax.checkpoint.digests import (
+    check_digests,
+    compare_names,
+    digest_arrays,
+    unreadable,
+)
+from cityrag_jax.checkpoint.items import abstract_layer, is_stacked
+
+
+def latest_model(
+    path: Path | str,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    verify: bool = False,
+) -> Bundle:
+    """Open the newest model of a bundle or a workdir; modules are read when asked for.
+
+    Of a workdir, `model/` if training has ended, else the newest whole checkpoint, its
+    averaged (EMA) parameters if there are any. `dtype` is the type of parameters and
+    arithmetic, None the config's; without a mesh all lies on the first device.
+    """
+    path = Path(path).absolute()
+    kinds = dict(dtype=dtype, mesh=mesh)
+    for folder in (path, path / "model"):
+        if is_bundle(folder):
+            return load_bundle(folder, verify=verify, **kinds)
+    if is_bundle(path / "base"):
+        base = load_bundle(path / "base", verify=verify, **kinds)
+        with TrainingCheckpoints(path / "checkpoints") as checkpoints:
+            return checkpoints.load_model(base, **kinds)
+    raise ValueError(
+        f"{path} holds no model: neither its config.json nor those of model/ and base/ "
+        f"list modules in format {FORMAT}. Give a training workdir or a folder made by "
+        "tools/convert_wan.py."
+    )
+
+
+class TrainingCheckpoints:
+    """Checkpoints of one training in a folder, one folder for each step.
+
+    A checkpoint is some groups of arrays (`params`, `ema`, `optimizer`, ...) and notes
+    (plain JSON). Saving copies to the host, then writes in the background; a checkpoint
+    exists once it is renamed to its step. A process killed before that leaves a
+    temporary folder, which is ignored and cleaned by the next trainer.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, keep: int | None = None, writable: bool = False
+    ):
+        self.folder = Path(folder).absolute()
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            save_decision_policy=(
+                ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+            ),
+            preservation_policy=policies.LatestN(keep) if keep else None,
+            cleanup_tmp_directories=writable,
+        )
+        self._pending: ocp.AsyncResponse | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, PyTree],
+        notes: Mapping[str, Any],
+        stacked: frozenset[str] = frozenset(),
+    ) -> None:
+        """Start to save; the arrays may be donated as soon as this returns.
+
+        Waits for the save before, and raises what went wrong with it.
+        """
+        self.wait()
+        items = {g: _to_items(_flatten(tree), stacked) for g, tree in groups.items()}
+        digests = {group: digest_arrays(arrays) for group, arrays in items.items()}
+        text = json.dumps({"format": FORMAT, "digests": digests, "notes": dict(notes)})
+        nonempty = {group: arrays for group, arrays in items.items() if arrays}
+        self._pending = self._checkpointer.save_checkpointables_async(
+            step, nonempty | {"notes": {"json": text}}
+        )
+
+    def restore(
+        self,
+        wanted: Mapping[str, PyTree],
+        stacked: frozenset[str] = frozenset(),
+        step: int | None = None,
+    ) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        """Read groups as their abstract arrays say, and the notes, of the newest step.
+
+        Raises ValueError if names or shapes differ or a checksum does not fit.
+        """
+        step = self._newest() if step is None else step
+        path = self.folder / str(step)
+        record = self._read_record(step)
+        result = {}
+        for group, tree in wanted.items():
+            flat = _flatten(tree)
+            arrays = {}
+            if flat:
+                items = _read_group(path, group, flat, stacked)
+                check_digests(items, record["digests"].get(group, {}), path)
+                arrays = _from_items(items, flat, stacked)
+            structure = jax.tree.structure(tree)
+            result[group] = jax.tree.unflatten(structure, list(arrays.values()))
+        return result, record["notes"]
+
+    def read_notes(self, step: int | None = None) -> dict[str, Any]:
+        """Read the notes alone."""
+        return self._read_record(self._newest() if step is None else step)["notes"]
+
+    def load_model(
+        self, base: Bundle, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    ) -> Bundle:
+        """Put the newest (averaged) parameters into the module described in `base`."""
+        step = self._newest()
+        record = self._read_record(step)
+        group = "ema" if record["digests"].get("ema") else "params"
+        name = record["notes"]["part"]
+
+        def read() -> nnx.Module:
+            model = abstract_model(base.descriptions[name], dtype)
+            wanted = abstract_parameters(model, parameter_shardings(model, mesh))
+            with TrainingCheckpoints(self.folder) as checkpoints:
+                groups, _ = checkpoints.restore(
+                    {group: wanted}, stacked_parameters(model), step
+                )
+            return with_parameters(model, groups[group])
+
+        return dataclasses.replace(
+            base,
+            modules=Modules.of(base.modules) | Modules({name: read}),
+            origin=f"{self.folder / str(step)} ({group})",
+        )
+
+    def wait(self) -> None:
+        """Wait until the last save is whole; raise if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, then free threads."""
+        self.wait()
+        self._checkpointer.close()
+
+    def _newest(self) -> int:
+        if not self.steps:
+            raise ValueError(
+                f"{self.folder} holds no checkpoint yet; train longer or lower "
+                "config.train.checkpoint_interval."
+            )
+        return self.steps[-1]
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        path = self.folder / str(step)
+        loaded = ocp.load_checkpointables(path, {"notes": None})
+        return json.loads(loaded["notes"]["json"])
+
+
+def _read_group(path, group, flat, stacked):
+    stored = ocp.checkpointables_metadata(path).metadata
+    if group not in stored:
+        raise ValueError(
+            f"{path} has no group {group!r}, only {sorted(stored)}; it was written by "
+            "another configuration."
+        )
+    if stored[group] is None:
+        raise unreadable(path / group, ValueError("no metadata"))
+    wanted = _abstract_items(flat, stacked)
+    compare_names(wanted, stored[group], path / group)
+    abstract = {
+        n: jax.ShapeDtypeStruct(x.shape, stored[group][n].dtype, sharding=x.sharding)
+        for n, x in wanted.items()
+    }
+    try:
+        return ocp.load_checkpointables(path, {group: abstract})[group]
+    except (ValueError, OSError) as error:
+        raise unreadable(path / group, error) from error
+
+
+def _flatten(tree: PyTree) -> Arrays:
+    """Flatten in the tree's own order; names are paths joined by slashes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {keystr(path): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _unstack(x: jax.Array) -> list[jax.Array]:
+    return [x[i] for i in range(x.shape[0])]
+
+
+@functools.cache
+def _stack_onto(sharding: Sharding):
+    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=sharding)
+
+
+def _layer_names(name: str, count: int) -> list[str]:
+    return [f"{name}@{i:03}" for i in range(count)]
+
+
+def _to_items(arrays: Mapping[str, Any], stacked: frozenset[str]) -> Arrays:
+    items = {}
+    for name, x in arrays.items():
+        if is_stacked(name, stacked):
+            names = _layer_names(name, x.shape[0])
+            items |= zip(names, _unstack(x), strict=True)
+        else:
+            items[name] = x
+    return items
+
+
+def _abstract_items(wanted: Mapping[str, Any], stacked: frozenset[str]) -> Arrays:
+    items = {}
+    for name, x in wanted.items():
+        if not is_stacked(name, stacked):
+            items[name] = x
+            continue
+        items |= dict.fromkeys(_layer_names(name, x.shape[0]), abstract_layer(x))
+    return items
+
+
+def _from_items(
+    items: Arrays, wanted: Mapping[str, Any], stacked: frozenset[str]
+) -> Arrays:
+    """Stack the layers on the devices and cast to the wanted types."""
+    arrays = {}
+    for name, x in wanted.items():
+        if is_stacked(name, stacked):
+            layers = [items.pop(n) for n in _layer_names(name, x.shape[0])]
+            value = _stack_onto(x.sharding)([layer.astype(x.dtype) for layer in layers])
+        else:
+            value = items.pop(name).astype(x.dtype)
+        assert value.sharding.is_equivalent_to(x.sharding, value.ndim), name
+        arrays[name] = value
+    return arrays
