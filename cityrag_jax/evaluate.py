@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import app, flags, logging
@@ -22,7 +23,7 @@ from jaxtyping import Float64, UInt8
 from ml_collections import ConfigDict, config_flags
 
 from cityrag_jax import report
-from cityrag_jax.batch import Clip
+from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import latest_model
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
@@ -44,35 +45,41 @@ CEILING = "autoencoder alone"
 EXAMPLES = 4
 
 
-def make_videos(generator: Generator, seed: int) -> dict[str, Callable[[Clip], Videos]]:
-    """Name the ways to fill a batch of clips, the model's and the baselines'."""
+def make_videos(
+    generator: Generator, clips: Clip, seed: int
+) -> dict[str, Callable[[], Videos]]:
+    """Name the ways to fill a batch of clips, the model's and the baselines'.
 
-    def model(pose: bool, geo: bool):
-        return lambda clips: generator(clips, seed, pose=pose, geo=geo)
+    What the model is given is encoded once and shared.
+    """
+    own = generator.encode(clips)
+
+    def model(pose: bool = True, geo: bool = True, conditions: Conditions = own):
+        return lambda: generator.sample(conditions, clips, seed, pose=pose, geo=geo)
 
     return {
-        FULL: model(True, True),
-        POSE_ALONE: model(True, False),
-        GEO_ALONE: model(False, True),
-        NEITHER: model(False, False),
-        ELSEWHERE: lambda clips: model(True, True)(swap_places(clips)),
-        "first frame repeated": lambda clips: np.repeat(
+        FULL: model(),
+        POSE_ALONE: model(geo=False),
+        GEO_ALONE: model(pose=False),
+        NEITHER: model(pose=False, geo=False),
+        ELSEWHERE: model(conditions=swap_places(own)),
+        "first frame repeated": lambda: np.repeat(
             clips.frames[:, :1], clips.frames.shape[1], axis=1
         ),
-        "condition as it is": lambda clips: fit_length(clips),
-        RECOLOURED: recolour,
-        CEILING: lambda clips: reconstruct(generator, clips),
+        "condition as it is": lambda: fit_length(clips),
+        RECOLOURED: lambda: recolour(clips),
+        CEILING: lambda: reconstruct(generator, clips),
     }
 
 
-def swap_places(clips: Clip) -> Clip:
-    """Give every clip of a batch the condition of another one."""
-    if len(clips.frames) < 2:
+def swap_places(conditions: Conditions) -> Conditions:
+    """Give every clip of a batch the retrieved video of another one."""
+    if len(conditions.geo_latents) < 2:
         raise ValueError("Another place's condition needs two clips in a batch.")
     return dataclasses.replace(
-        clips,
-        condition=np.roll(clips.condition, 1, axis=0),
-        condition_length=np.roll(clips.condition_length, 1, axis=0),
+        conditions,
+        geo_latents=jnp.roll(conditions.geo_latents, 1, axis=0),
+        geo_length=jnp.roll(conditions.geo_length, 1, axis=0),
     )
 
 
@@ -123,18 +130,17 @@ def evaluate(
     generator = Generator(
         latest_model(checkpoint, dtype=loading_dtype()), read_sampler(config.sample)
     )
-    ways = make_videos(generator, config.eval.seed)
-    scores: dict[str, dict[str, list]] = {name: {} for name in ways}
+    scores: dict[str, dict[str, list]] = {}
     examples = {}
-    bar = tqdm.tqdm(total=len(clips) * len(ways), desc="scoring", unit="clip batch")
-    with bar:
-        for batch in clips:
-            for name, make in ways.items():
-                video = make(batch)
-                examples.setdefault(name, video[:EXAMPLES])
-                for metric, values in score(video, batch.frames).items():
-                    scores[name].setdefault(metric, []).extend(values.tolist())
-                bar.update()
+    bar = tqdm.tqdm(clips, desc="scoring", unit="batch", dynamic_ncols=True)
+    for batch in bar:
+        for name, make in make_videos(generator, batch, config.eval.seed).items():
+            bar.set_postfix_str(name)
+            video = make()
+            examples.setdefault(name, video[:EXAMPLES])
+            row = scores.setdefault(name, {})
+            for metric, values in score(video, batch.frames).items():
+                row.setdefault(metric, []).extend(values.tolist())
     means = {
         name: {metric: float(np.mean(values)) for metric, values in row.items()}
         for name, row in scores.items()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float64, UInt8
 
-from cityrag_jax.batch import Clip
+from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import Bundle
 from cityrag_jax.data.clips import ClipConfig, path_clip, stack_clips
 from cityrag_jax.data.store import City
@@ -52,8 +52,23 @@ class Generator:
         self, clip: Clip, seed: int, *, pose: bool = True, geo: bool = True
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Generate a batch of clips; `frames[:, 0]` of each is its first image."""
+        return self.sample(self.encode(clip), clip, seed, pose=pose, geo=geo)
+
+    def encode(self, clip: Clip) -> Conditions:
+        """Encode what is given of a batch of clips."""
+        return encode(self.bundle.modules["vae"], clip, self.bundle.text)
+
+    def sample(
+        self,
+        conditions: Conditions,
+        clip: Clip,
+        seed: int,
+        *,
+        pose: bool = True,
+        geo: bool = True,
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
+        """Generate clips from conditions, theirs or others; noise goes by their ids."""
         vae = self.bundle.modules["vae"]
-        conditions = encode(vae, clip, self.bundle.text)
         shape = conditions.first_frame.shape[1:4] + (vae.config.z_dim,)
         noise = draw_noise(jax.random.key(seed), clip.clip_id, shape)
         transformer = self.bundle.modules["transformer"]

@@ -2,13 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_city
 from test_train import get_config
 
 from cityrag_jax import evaluate as door
-from cityrag_jax.batch import Clip
+from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import Bundle, abstract_model, describe
 from cityrag_jax.evaluate import (
     FULL,
@@ -43,17 +45,30 @@ def clips(rng) -> Clip:
     )
 
 
-def test_no_clip_keeps_its_place_when_places_are_swapped(clips):
-    swapped = swap_places(clips)
-    np.testing.assert_array_equal(swapped.condition_length, [13, 5, 7])
-    np.testing.assert_array_equal(swapped.condition[1:], clips.condition[:-1])
-    np.testing.assert_array_equal(swapped.condition[0], clips.condition[-1])
-    for name in ("frames", "first_from_camera", "clip_id"):
-        np.testing.assert_array_equal(getattr(swapped, name), getattr(clips, name))
+@pytest.fixture
+def conditions(rng) -> Conditions:
+    """Of three clips, with latents of 2, 2 and 4 real frames."""
+    return Conditions(
+        text=jnp.zeros((3, 1, 8)),
+        first_frame=jnp.asarray(rng.normal(size=(3, 3, 4, 6, 20)).astype(np.float32)),
+        geo_latents=jnp.asarray(rng.normal(size=(3, 4, 4, 6, 16)).astype(np.float32)),
+        geo_length=jnp.array([2, 2, 4]),
+        poses=jnp.asarray(rng.normal(size=(3, 9, 4, 4)).astype(np.float32)),
+    )
 
 
-def test_one_clip_has_no_other_place(clips):
-    alone = Clip(*(getattr(clips, name)[:1] for name in Clip.__dataclass_fields__))
+def test_no_clip_keeps_its_place_when_places_are_swapped(conditions):
+    swapped = swap_places(conditions)
+    np.testing.assert_array_equal(swapped.geo_length, [4, 2, 2])
+    own = np.asarray(conditions.geo_latents)
+    np.testing.assert_array_equal(swapped.geo_latents[1:], own[:-1])
+    np.testing.assert_array_equal(swapped.geo_latents[0], own[-1])
+    for name in ("text", "first_frame", "poses"):
+        np.testing.assert_array_equal(getattr(swapped, name), getattr(conditions, name))
+
+
+def test_one_clip_has_no_other_place(conditions):
+    alone = jax.tree.map(lambda x: x[:1], conditions)
     with pytest.raises(ValueError, match="needs two clips"):
         swap_places(alone)
 
@@ -143,13 +158,16 @@ def test_a_table_of_all_clips_is_written(folder, tmp_path, monkeypatch):
     """With ways to fill a clip that need no network, to see what becomes of them."""
     vae = abstract_model(describe(WanVAE, VAEConfig(base_dim=4)))
     bundle = Bundle({"vae": vae, "transformer": vae}, {}, np.zeros((1, 8)))
-    ways = {
-        FULL: lambda clips: clips.frames ^ 1,
-        POSE_ALONE: lambda clips: clips.frames ^ 3,
-        RECOLOURED: recolour,
-    }
+
+    def make_videos(_, clips, seed):
+        return {
+            FULL: lambda: clips.frames ^ 1,
+            POSE_ALONE: lambda: clips.frames ^ 3,
+            RECOLOURED: lambda: recolour(clips),
+        }
+
     monkeypatch.setattr(door, "latest_model", lambda *_, **__: bundle)
-    monkeypatch.setattr(door, "make_videos", lambda *_: ways)
+    monkeypatch.setattr(door, "make_videos", make_videos)
     config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
     means = door.evaluate(config, "model", str(folder), tmp_path / "out")
     np.testing.assert_allclose(means[FULL]["PSNR"], 20 * np.log10(255))

@@ -281,6 +281,22 @@ def test_missing_inputs_are_refused_with_the_remedy(folder, config, tmp_path):
         trainer.train(changed, tmp_path / "c")
 
 
+def test_a_city_with_a_damaged_picture_is_refused_before_training(
+    folder, config, tmp_path
+):
+    shutil.copytree(folder / "city", tmp_path / "city")
+    for path in (tmp_path / "city" / "panoramas").rglob("*array_record*"):
+        content = bytearray(path.read_bytes())
+        for k in range(len(content) // 4, len(content) * 3 // 4, 97):
+            content[k] ^= 0x55
+        path.write_bytes(bytes(content))
+    changed = config.copy_and_resolve_references()
+    changed.data.city = str(tmp_path / "city")
+    with pytest.raises(ValueError, match="is not a readable JPEG"):
+        trainer.train(changed, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_command_line_names_an_unknown_key_and_the_nearest(tmp_path):
     arguments = training_city.command("toy_city.py:test", tmp_path, train__stps=3)
     result = training_city.run_trainer(arguments, tmp_path)

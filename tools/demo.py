@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--train-seconds", type=float, default=120.0)
     given = parser.parse_args()
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     out, began = given.out, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     config = read_config(ROOT / "configs" / "toy_city.py", "demo")

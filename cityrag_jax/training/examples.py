@@ -29,14 +29,20 @@ Sources = list[tuple[City, Pairs]]
 
 
 def open_cities(folders: str) -> Sources:
-    """Open the cities named in `data.city`: folders separated by commas."""
+    """Open the cities named in `data.city`, and look at some of their pictures.
+
+    Folders are separated by commas. Raises ValueError for whatever is damaged.
+    """
     names = [name for name in folders.split(",") if name]
     if not names:
         raise ValueError(
             "config.data.city is empty; give --config.data.city=DIR[,DIR...]. Build "
             "the toy city with tools/build_city.py."
         )
-    return [(City(name), load_pairs(name)) for name in names]
+    sources = [(City(name), load_pairs(name)) for name in names]
+    for city, _ in sources:
+        city.check_pictures()
+    return sources
 
 
 def clip_config(config: ConfigDict) -> ClipConfig:
