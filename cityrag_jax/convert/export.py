@@ -6,6 +6,7 @@ a folder has its name only when it is whole.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -17,10 +18,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
+from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from cityrag_jax.batch import PATCH
-from cityrag_jax.checkpoint import latest_model, parameters
+from cityrag_jax.checkpoint import (
+    Arrays,
+    Bundle,
+    abstract_model,
+    latest_model,
+    parameters,
+)
+from cityrag_jax.checkpoint.bundles import write_texts
+from cityrag_jax.checkpoint.items import REST, block_name
 from cityrag_jax.convert.files import write_checkpoint
 from cityrag_jax.convert.names import (
     NAMINGS,
@@ -31,6 +41,7 @@ from cityrag_jax.convert.names import (
 )
 from cityrag_jax.model.dit import WanDiT
 
+NAME = "transformer"
 BASE = "Wan transformer"
 PARTS = {"geo branch": "geo.", "pose branch": "pose."}  # what the names begin with
 SHARD_BYTES = 5 * 10**9
@@ -47,6 +58,14 @@ class Part:
     tensors: int
     parameters: int
     num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Our parameters, perhaps abstract, and how to read one, or one layer of it."""
+
+    arrays: Arrays
+    read: Callable[[str, int | None], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +90,12 @@ def export_dit(
     Branches are left out. `naming` is "official" or "diffusers". A path ending in
     .safetensors becomes one file, else a folder with shards, index and config.json.
     """
-    sources = _plan(model, dit_name, naming)
+    stored = _in_memory(model)
+    sources = _plan(stored.arrays, dit_name, naming)
     write_checkpoint(
         path,
         {name: source.written for name, source in sources.items()},
-        _reader(model, sources),
+        _reader(stored, sources),
         _config(model, naming, sources),
         max_shard_bytes=max_shard_bytes,
     )
@@ -93,7 +113,7 @@ def export_checkpoint(
     """Write the transformer of a bundle or training workdir to a new folder.
 
     The folder holds shards, index, config.json and, unless `base_only`, the branches'
-    tensors and `text.npy`, the fixed prompt's rows. `dtype` casts; None keeps the type.
+    tensors and the prompts' rows. `dtype` casts; None keeps the stored type.
     Raises ValueError, and leaves nothing behind, if `out` is in use, the disk is short,
     a parameter has no name in PyTorch or a value is not finite.
     """
@@ -101,21 +121,21 @@ def export_checkpoint(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another --out.")
     bundle = latest_model(checkpoint)
-    if "transformer" not in bundle.modules:
+    if NAME not in set(bundle.modules):  # its own `in` would read the module
         raise ValueError(
             f"{checkpoint} holds {', '.join(sorted(bundle.modules)) or 'nothing'}, no "
             "transformer; give a bundle or the workdir of a transformer's training."
         )
-    model = bundle.modules["transformer"]
+    model, stored = _open(bundle)
     table = dit_name if base_only else transformer_names(model.branches)
-    sources = _plan(model, table, naming, dtype)
     if not base_only:
         _refuse_unnamed(model, table)
+    sources = _plan(stored.arrays, table, naming, dtype)
     parts = _summary(sources)
     total = sum(part.num_bytes for part in parts)
     _check_space(out, total)
     with _appearing(out) as folder:
-        with _watched(_reader(model, sources), total) as read:
+        with _watched(_reader(stored, sources), total) as read:
             write_checkpoint(
                 folder,
                 {name: source.written for name, source in sources.items()},
@@ -123,28 +143,84 @@ def export_checkpoint(
                 _config(model, naming, sources),
                 max_shard_bytes=max_shard_bytes,
             )
-        if bundle.text is not None and not base_only:
-            np.save(folder / "text.npy", bundle.text)
+        if not base_only:
+            write_texts(folder, bundle.text, bundle.negative_text)
     return parts
 
 
-def _plan(model, table: NameTable, naming, dtype=None) -> dict[str, _Source]:
+def _open(bundle: Bundle) -> tuple[WanDiT, _Stored]:
+    """Give the transformer and its values: of a folder on disk, block by block.
+
+    Of a training that still runs, whose origin is no bundle, the model is read whole.
+    """
+    folder = Path(bundle.origin) / NAME
+    if folder.is_dir():
+        return abstract_model(bundle.descriptions[NAME]), _on_disk(folder)
+    model = bundle.modules[NAME]
+    return model, _in_memory(model)
+
+
+def _in_memory(model: WanDiT) -> _Stored:
+    values = parameters(model)
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        x = values[name]
+        return np.asarray(x if layer is None else x[layer])
+
+    return _Stored(values, read)
+
+
+def stored_items(folder: Path) -> dict[str, Arrays]:
+    return {
+        path.name: dict(ocp.metadata(path.absolute()).metadata)
+        for path in sorted(folder.iterdir())
+        if path.is_dir()
+    }
+
+
+def read_item(path: Path) -> Arrays:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    stored = ocp.metadata(path.absolute()).metadata
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+        for name, x in stored.items()
+    }
+    return ocp.load(path.absolute(), shapes)
+
+
+def _on_disk(folder: Path) -> _Stored:
+    """Read in the stored types, with one item in memory at a time."""
+    items = stored_items(folder)
+    layers = len(items) - (REST in items)
+    arrays = dict(items.get(REST, {}))
+    for name, x in items.get(block_name(0), {}).items():
+        arrays[name] = jax.ShapeDtypeStruct((layers, *x.shape), x.dtype)
+    newest = functools.lru_cache(maxsize=1)(lambda item: read_item(folder / item))
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        return np.asarray(newest(REST if layer is None else block_name(layer))[name])
+
+    return _Stored(arrays, read)
+
+
+def _plan(arrays: Arrays, table: NameTable, naming, dtype=None) -> dict[str, _Source]:
     """Map torch's names to their sources: what has no layer first, then by layer."""
     if naming not in NAMINGS:
         raise ValueError(f"naming is {naming!r}; choose one of {', '.join(NAMINGS)}.")
     sources = {}
-    for ours, x in parameters(model).items():
+    for ours, x in arrays.items():
         name = table(ours)
         if name is None:
             continue
         shape = x.shape[1:] if name.stacked else x.shape
+        layout = name.layout
         written = jax.ShapeDtypeStruct(
-            name.layout.torch_shape(shape), x.dtype if dtype is None else dtype
+            layout.torch_shape(shape), x.dtype if dtype is None else dtype
         )
         for layer in range(x.shape[0]) if name.stacked else [None]:
             theirs = name.name(naming, layer)
             assert theirs not in sources, f"two parameters are called {theirs}"
-            sources[theirs] = _Source(ours, layer, name.layout, written)
+            sources[theirs] = _Source(ours, layer, layout, written)
     order = sorted(sources, key=lambda name: _place(sources[name].layer))
     return {name: sources[name] for name in order}
 
@@ -153,15 +229,13 @@ def _place(layer: int | None) -> int:
     return -1 if layer is None else layer
 
 
-def _reader(model: WanDiT, sources: dict[str, _Source]) -> Read:
+def _reader(stored: _Stored, sources: dict[str, _Source]) -> Read:
     """Give the function that makes the tensor of a name in torch's axes."""
-    values = parameters(model)
 
     def read(name: str) -> np.ndarray:
         source = sources[name]
-        x = values[source.ours]
-        x = np.asarray(x if source.layer is None else x[source.layer])
-        return source.layout.to_torch(x).astype(source.written.dtype, copy=False)
+        x = source.layout.to_torch(stored.read(source.ours, source.layer))
+        return x.astype(source.written.dtype, copy=False)
 
     return read
 

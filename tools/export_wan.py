@@ -1,0 +1,74 @@
+"""Export the transformer of a checkpoint as safetensors that PyTorch opens.
+
+    python tools/export_wan.py --checkpoint=DIR --out=DIR --naming=official|diffusers
+
+--checkpoint is a converted folder or a training workdir (its averaged weights if there
+are any). The branches go along under the names that the README lists; --base-only
+leaves Wan alone, which diffusers loads without a remark.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cityrag_jax.convert.export import Part, export_checkpoint
+from cityrag_jax.convert.names import NAMINGS
+
+CLASSES = {
+    "official": "wan.modules.model.WanModel",
+    "diffusers": "diffusers.WanTransformer3DModel",
+}
+
+
+def print_table(parts: list[Part], out: Path, naming: str) -> None:
+    """Print what was written and how to open it."""
+    total = Part("all", *map(sum, zip(*(_counts(part) for part in parts), strict=True)))
+    print(f"{'':<18}{'tensors':>9}{'parameters':>18}{'bytes':>18}")
+    for part in (*parts, total):
+        count, parameters, size = _counts(part)
+        print(f"{part.name:<18}{count:>9,}{parameters:>18,}{size:>18,}")
+    print(f'Open with {CLASSES[naming]}.from_pretrained("{out}").')
+    if len(parts) > 1:
+        print(
+            "It passes over the branches' tensors, geo.* and pose.*; the README's "
+            '"Open in PyTorch" says what they compute.'
+        )
+
+
+def _counts(part):
+    return part.tensors, part.parameters, part.num_bytes
+
+
+def main() -> None:
+    """Parse and call."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--naming", choices=NAMINGS, required=True)
+    parser.add_argument("--base-only", action="store_true", help="Wan without branches")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="10^9 bytes")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: as it is"
+    )
+    given = parser.parse_args()
+    if not given.max_shard_gb > 0:
+        parser.error(f"--max-shard-gb={given.max_shard_gb} must be above 0")
+    try:
+        parts = export_checkpoint(
+            given.checkpoint,
+            given.out,
+            given.naming,
+            base_only=given.base_only,
+            dtype=given.dtype,
+            max_shard_bytes=int(given.max_shard_gb * 1e9),
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print_table(parts, given.out, given.naming)
+
+
+if __name__ == "__main__":
+    main()
