@@ -40,13 +40,20 @@ class Generator:
     sampler: Sampler
 
     def __post_init__(self):
-        missing = {"transformer", "vae"} - set(self.bundle.modules)
+        missing = self._needed() - set(self.bundle.modules)
         if missing or self.bundle.text is None:
             lacks = sorted(missing) or ["text features"]
             raise ValueError(
                 f"{self.bundle.origin} lacks {', '.join(lacks)}; generation needs a "
                 "whole CityRAG model, as training saves it in WORKDIR/model."
             )
+
+    def _needed(self) -> set[str]:
+        needed = {"transformer", "vae"}
+        description = self.bundle.descriptions.get("transformer")
+        if description and description["config"].get("image_dim") is not None:
+            needed.add("clip")
+        return needed
 
     def __call__(
         self, clip: Clip, seed: int, *, pose: bool = True, geo: bool = True
@@ -56,7 +63,8 @@ class Generator:
 
     def encode(self, clip: Clip) -> Conditions:
         """Encode what is given of a batch of clips."""
-        return encode(self.bundle.modules["vae"], clip, self.bundle.text)
+        modules = self.bundle.modules
+        return encode(modules["vae"], clip, self.bundle.text, modules.get("clip"))
 
     def sample(
         self,

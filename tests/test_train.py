@@ -14,13 +14,22 @@ from ml_collections import ConfigDict
 
 from cityrag_jax import train as trainer
 from cityrag_jax.checkpoint import (
+    Bundle,
     TrainingCheckpoints,
     abstract_model,
+    describe,
     draw_parameters,
     latest_model,
+    new_model,
     parameters,
+    save_bundle,
 )
-from cityrag_jax.training.examples import draw_batch
+from cityrag_jax.data.clips import held_out_clips, stack_clips
+from cityrag_jax.encode import clip_pixels, to_unit
+from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
+from cityrag_jax.rollout import Generator
+from cityrag_jax.sampling import Sampler
+from cityrag_jax.training.examples import clip_config, draw_batch, open_cities
 from cityrag_jax.training.log import TrainingLog, read_metrics
 from cityrag_jax.training.step import average, check_finite, init_state, make_step
 from cityrag_jax.training.tasks import describe_model, make_task
@@ -95,6 +104,55 @@ def test_a_resumed_training_is_bitwise_the_same(folder, config, finished):
     assert _checkpoint_parameters(again) == _checkpoint_parameters(finished)
     steps = [line["step"] for line in read_metrics(again)]
     assert steps == sorted(steps)
+
+
+@pytest.fixture(scope="module")
+def with_clip(folder):
+    """What tools/convert_wan.py leaves of an image-to-video model, but small."""
+    tower = CLIPVisionConfig(224, 14, dim=16, num_heads=2, mlp_dim=16, num_layers=2)
+    descriptions = {
+        "clip": describe(CLIPVision, tower),
+        "vae": latest_model(folder / "vae").descriptions["vae"],
+    }
+    modules = {name: new_model(d, seed=0) for name, d in descriptions.items()}
+    text = np.ones((3, 8), np.float32)
+    return save_bundle(folder / "clip", Bundle(modules, descriptions, text))
+
+
+def test_a_transformer_with_image_features_is_shown_the_first_image(
+    folder, config, with_clip
+):
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        changed.model.transformer.image_dim = 16
+    changed.model.vae = ""
+    changed.model.transformer.text_len = 3
+    changed.train.init_from = str(with_clip)
+    changed.train.steps = 2
+    changed.train.pool = 4
+    trainer.train(changed, folder / "clip_run")
+    bundle = latest_model(folder / "clip_run")
+    assert set(bundle.modules) == {"transformer", "vae", "clip"}
+    np.testing.assert_array_equal(bundle.text, np.ones((3, 8)))
+    city, pairs = open_cities(changed.data.city)[0]
+    clips = stack_clips(
+        held_out_clips(city, pairs, clip_config(changed.data), 2, min_rotation_deg=0.0)
+    )
+    seen = Generator(bundle, Sampler()).encode(clips).image
+    first = jax.vmap(clip_pixels)(to_unit(clips.frames[:, 0]))
+    np.testing.assert_allclose(seen, bundle.modules["clip"](first), atol=1e-5)
+
+
+def test_image_features_without_their_tower_are_refused(config, folder, with_clip):
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        changed.model.transformer.image_dim = 24
+    with pytest.raises(ValueError, match="features of 24, but there is no CLIP tower"):
+        trainer.train(changed, folder / "no_clip")
+    changed.train.init_from = str(with_clip)
+    changed.model.transformer.text_len = 3
+    with pytest.raises(ValueError, match="image_dim is 24, the CLIP tower in .* 16"):
+        trainer.train(changed, folder / "wrong_clip")
 
 
 def test_a_finished_training_is_left_alone(config, finished, capsys):

@@ -56,6 +56,9 @@ class Modules(Named):
             self._read[name] = self._readers[name]()
         return self._read[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers  # a Mapping would read the module to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
 
