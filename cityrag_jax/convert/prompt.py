@@ -6,7 +6,6 @@ multiple of `STEP`: padding is masked, so the features are those of 512 rows.
 """
 
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from cityrag_jax.convert.files import INDEX_SUFFIX, CheckpointReader
+from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.convert.names import umt5_alias, umt5_name
 from cityrag_jax.convert.weights import AliasedReader, find_naming
 from cityrag_jax.model.layers import RMSNorm
@@ -42,10 +41,8 @@ def encode_prompts(
     `source` is the official folder or diffusers'; `dtype` is the linears' arithmetic.
     Raises ValueError that names every missing file, or every tensor that does not fit.
     """
-    weights, tokenizer = find_text_encoder(source)
-    ids, mask = Tokenizer(tokenizer)(prompts)
-    reader = AliasedReader(CheckpointReader(weights), umt5_alias)
-    config, naming = _read_config(reader, dtype)
+    reader, tokenizer, config, naming = _open(source, dtype)
+    ids, mask = tokenizer(prompts)
     lengths = mask.sum(axis=1)
     streams = [
         _embed(reader, naming, row[: min(len(row), -(-length // STEP) * STEP)])
@@ -66,38 +63,51 @@ def encode_prompts(
         ]
 
 
+def check_text_encoder(source: str | Path) -> None:
+    """Raise one ValueError about every file and tensor that `encode_prompts` misses."""
+    _open(source, jnp.float32)
+
+
 def find_text_encoder(source: str | Path) -> tuple[Path, Path]:
     """Find the weights of the text encoder and the folder of its tokeniser.
 
-    Raises ValueError that names every missing file of the layout the folder has, of
-    the official one if it has none.
+    Raises ValueError that names every file, of the official layout unless the folder
+    has diffusers', that is missing or cannot be read.
     """
     source = Path(source)
     if (source / DIFFUSERS_WEIGHTS).is_dir() or (source / "model_index.json").exists():
         weights, tokenizer = source / DIFFUSERS_WEIGHTS, source / DIFFUSERS_TOKENIZER
-        missing = _missing_shards(weights)
     else:
         weights, tokenizer = source / OFFICIAL_WEIGHTS, source / OFFICIAL_TOKENIZER
-        if not weights.exists():
-            weights = weights.with_suffix(".safetensors")
-        missing = [] if weights.is_file() else [source / OFFICIAL_WEIGHTS]
+        safe = weights.with_suffix(".safetensors")
+        weights = safe if safe.exists() and not weights.exists() else weights
+    problems = _problems(lambda: CheckpointReader(weights))
     if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
-        missing.append(tokenizer / " or ".join(TOKENIZER_FILES))
-    if missing:
-        lines = "\n  ".join(map(str, missing))
-        raise ValueError(
-            f"{source} lacks files of the text encoder; fetch them:\n  {lines}"
-        )
+        missing = " or ".join(TOKENIZER_FILES)
+        problems.append(f"{tokenizer / missing} is missing; fetch it.")
+    if problems:
+        raise ValueError("\n".join(problems))
     return weights, tokenizer
 
 
-def _missing_shards(folder):
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if not indices:
-        single = sorted(folder.glob("*.safetensors"))
-        return [] if single else [folder / f"model{INDEX_SUFFIX}"]
-    shards = set(json.loads(indices[0].read_text()).get("weight_map", {}).values())
-    return [folder / name for name in sorted(shards) if not (folder / name).is_file()]
+def _problems(*actions):
+    """Collect what the actions complain about."""
+    found = []
+    for action in actions:
+        try:
+            action()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def _open(source, dtype):
+    weights, folder = find_text_encoder(source)
+    reader = AliasedReader(CheckpointReader(weights), umt5_alias)
+    problems = _problems(lambda: Tokenizer(folder), lambda: _read_config(reader, dtype))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return reader, Tokenizer(folder), *_read_config(reader, dtype)
 
 
 def _read_config(reader, dtype):
