@@ -546,6 +546,24 @@ def test_a_bundle_of_other_networks_is_refused(tool, tmp_path):
     assert "holds nothing, no transformer" in message
 
 
+def test_a_damaged_bundle_is_refused(bundle, tool, tmp_path):
+    """A missing block before anything is written, a flipped bit when it is met."""
+    copy, to = tmp_path / "copy", tmp_path / "to"
+    to.mkdir()
+    shutil.copytree(bundle, copy)
+    digests = copy / "transformer" / "digests.json"
+    text = digests.read_text()
+    stored = json.loads(text)
+    stored["block_001"]["blocks.modulation"] ^= 1
+    digests.write_text(json.dumps(stored))
+    result = tool(copy, to / "out", "--naming=official")
+    assert_refused(result, to, "block_001 is damaged", "blocks.modulation")
+    digests.write_text(text)
+    shutil.rmtree(copy / "transformer" / "block_001")
+    result = tool(copy, to / "out", "--naming=official")
+    assert_refused(result, to, "block_001 is damaged")
+
+
 def test_a_short_disk_is_refused_before_writing(bundle, tool, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=4_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -6,7 +6,6 @@ a folder has its name only when it is whole.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import shutil
@@ -18,19 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from cityrag_jax.batch import PATCH
-from cityrag_jax.checkpoint import (
-    Arrays,
-    Bundle,
-    abstract_model,
-    latest_model,
-    parameters,
-)
+from cityrag_jax.checkpoint import Arrays, latest_model, parameters
 from cityrag_jax.checkpoint.bundles import write_texts
-from cityrag_jax.checkpoint.items import REST, block_name
 from cityrag_jax.convert.files import write_checkpoint
 from cityrag_jax.convert.names import (
     NAMINGS,
@@ -39,6 +30,7 @@ from cityrag_jax.convert.names import (
     dit_name,
     transformer_names,
 )
+from cityrag_jax.convert.stored import StoredParameters, in_memory, open_transformer
 from cityrag_jax.model.dit import WanDiT
 
 NAME = "transformer"
@@ -58,14 +50,6 @@ class Part:
     tensors: int
     parameters: int
     num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """Our parameters, perhaps abstract, and how to read one, or one layer of it."""
-
-    arrays: Arrays
-    read: Callable[[str, int | None], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +74,7 @@ def export_dit(
     Branches are left out. `naming` is "official" or "diffusers". A path ending in
     .safetensors becomes one file, else a folder with shards, index and config.json.
     """
-    stored = _in_memory(model)
+    stored = in_memory(model)
     sources = _plan(stored.arrays, dit_name, naming)
     write_checkpoint(
         path,
@@ -126,7 +110,7 @@ def export_checkpoint(
             f"{checkpoint} holds {', '.join(sorted(bundle.modules)) or 'nothing'}, no "
             "transformer; give a bundle or the workdir of a transformer's training."
         )
-    model, stored = _open(bundle)
+    model, stored = open_transformer(bundle, NAME)
     table = dit_name if base_only else transformer_names(model.branches)
     if not base_only:
         _refuse_unnamed(model, table)
@@ -146,61 +130,6 @@ def export_checkpoint(
         if not base_only:
             write_texts(folder, bundle.text, bundle.negative_text)
     return parts
-
-
-def _open(bundle: Bundle) -> tuple[WanDiT, _Stored]:
-    """Give the transformer and its values: of a folder on disk, block by block.
-
-    Of a training that still runs, whose origin is no bundle, the model is read whole.
-    """
-    folder = Path(bundle.origin) / NAME
-    if folder.is_dir():
-        return abstract_model(bundle.descriptions[NAME]), _on_disk(folder)
-    model = bundle.modules[NAME]
-    return model, _in_memory(model)
-
-
-def _in_memory(model: WanDiT) -> _Stored:
-    values = parameters(model)
-
-    def read(name: str, layer: int | None) -> np.ndarray:
-        x = values[name]
-        return np.asarray(x if layer is None else x[layer])
-
-    return _Stored(values, read)
-
-
-def stored_items(folder: Path) -> dict[str, Arrays]:
-    return {
-        path.name: dict(ocp.metadata(path.absolute()).metadata)
-        for path in sorted(folder.iterdir())
-        if path.is_dir()
-    }
-
-
-def read_item(path: Path) -> Arrays:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    stored = ocp.metadata(path.absolute()).metadata
-    shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-        for name, x in stored.items()
-    }
-    return ocp.load(path.absolute(), shapes)
-
-
-def _on_disk(folder: Path) -> _Stored:
-    """Read in the stored types, with one item in memory at a time."""
-    items = stored_items(folder)
-    layers = len(items) - (REST in items)
-    arrays = dict(items.get(REST, {}))
-    for name, x in items.get(block_name(0), {}).items():
-        arrays[name] = jax.ShapeDtypeStruct((layers, *x.shape), x.dtype)
-    newest = functools.lru_cache(maxsize=1)(lambda item: read_item(folder / item))
-
-    def read(name: str, layer: int | None) -> np.ndarray:
-        return np.asarray(newest(REST if layer is None else block_name(layer))[name])
-
-    return _Stored(arrays, read)
 
 
 def _plan(arrays: Arrays, table: NameTable, naming, dtype=None) -> dict[str, _Source]:
@@ -229,7 +158,7 @@ def _place(layer: int | None) -> int:
     return -1 if layer is None else layer
 
 
-def _reader(stored: _Stored, sources: dict[str, _Source]) -> Read:
+def _reader(stored: StoredParameters, sources: dict[str, _Source]) -> Read:
     """Give the function that makes the tensor of a name in torch's axes."""
 
     def read(name: str) -> np.ndarray:

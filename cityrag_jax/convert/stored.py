@@ -1,0 +1,107 @@
+"""A transformer's parameters one layer at a time, so that an export needs no memory.
+
+Bundles are read item by item in their stored types, each array against its digest.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from cityrag_jax.checkpoint import (
+    Arrays,
+    Bundle,
+    abstract_model,
+    parameter_shardings,
+    parameters,
+    stacked_parameters,
+)
+from cityrag_jax.checkpoint.bundles import abstract_parameters
+from cityrag_jax.checkpoint.digests import check_digests, compare_names, unreadable
+from cityrag_jax.checkpoint.files import read_json
+from cityrag_jax.checkpoint.items import DIGESTS, REST, block_name, plan_items
+from cityrag_jax.model.dit import WanDiT
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParameters:
+    """Our parameters, perhaps abstract, and how to read one, or one layer of it."""
+
+    arrays: Arrays
+    read: Callable[[str, int | None], np.ndarray]
+
+
+def open_transformer(bundle: Bundle, name: str) -> tuple[WanDiT, StoredParameters]:
+    """Give a transformer, abstract if it lies in a bundle, and its parameters.
+
+    Of a training that still runs, whose origin is no bundle, the model is read whole.
+    """
+    folder = Path(bundle.origin) / name
+    if folder.is_dir():
+        model = abstract_model(bundle.descriptions[name])
+        return model, _on_disk(folder, model)
+    model = bundle.modules[name]
+    return model, in_memory(model)
+
+
+def in_memory(model: WanDiT) -> StoredParameters:
+    """View the parameters of a model that is read already."""
+    values = parameters(model)
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        x = values[name]
+        return np.asarray(x if layer is None else x[layer])
+
+    return StoredParameters(values, read)
+
+
+def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
+    """Read with one item in memory at a time; names and shapes are checked before."""
+    wanted = abstract_parameters(model, parameter_shardings(model, None))
+    plan = plan_items(wanted, stacked_parameters(model))
+    stored = {item: _stored_arrays(folder / item) for item in plan}
+    compare_names(_flat(plan), _flat(stored), folder)
+    digests = read_json(folder / DIGESTS)
+    first = stored.get(REST, {}) | stored.get(block_name(0), {})
+    arrays = {
+        name: jax.ShapeDtypeStruct(x.shape, first[name].dtype)
+        for name, x in wanted.items()
+    }
+
+    @functools.lru_cache(maxsize=1)
+    def newest(item: str) -> Arrays:
+        values = _read_item(folder / item, stored[item])
+        check_digests(values, digests.get(item, {}), folder / item)
+        return values
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        return np.asarray(newest(REST if layer is None else block_name(layer))[name])
+
+    return StoredParameters(arrays, read)
+
+
+def _flat(items: dict[str, Arrays]) -> Arrays:
+    return {f"{item}/{name}": x for item in items for name, x in items[item].items()}
+
+
+def _stored_arrays(path: Path) -> Arrays:
+    try:
+        return dict(ocp.metadata(path.absolute()).metadata)
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise unreadable(path, error) from error
+
+
+def _read_item(path: Path, stored: Arrays) -> Arrays:
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
+        for name, x in stored.items()
+    }
+    try:
+        return ocp.load(path.absolute(), shapes)
+    except (ValueError, OSError) as error:
+        raise unreadable(path, error) from error
