@@ -4,15 +4,51 @@ The published files are too large for tests: `synthetic_wan` writes checkpoints 
 exact layouts at small widths.
 """
 
+import dataclasses
+import importlib.util
+import json
+import math
 import pickle
+import re
+import shutil
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import synthetic_wan
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from synthetic_wan import CLIP, DIT, VAE
 
+from cityrag_jax import checkpoint
+from cityrag_jax.checkpoint import latest_model, load_bundle, new_model, parameters
+from cityrag_jax.checkpoint.items import write_item
+from cityrag_jax.convert import (
+    bundle,
+    export_checkpoint,
+    load_clip_vision,
+    load_dit,
+    load_vae,
+)
 from cityrag_jax.convert.files import CheckpointReader
+from cityrag_jax.model.geo_branch import copy_from_base
+from cityrag_jax.parallel import make_mesh
+
+NETWORKS = "transformer,vae,clip"
+TOOL = Path(__file__).parents[1] / "tools" / "convert_wan.py"
+
+
+def _import_tool():
+    spec = importlib.util.spec_from_file_location("convert_wan", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = _import_tool()
 
 
 def test_a_pickle_reads_like_the_same_safetensors(tmp_path, rng):
@@ -68,3 +104,423 @@ def test_a_pickle_that_is_cut_or_holds_other_things_is_refused(tmp_path):
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cut.pth is"):
         CheckpointReader(tmp_path / "cut.pth")
+
+
+def convert(source, out, *options):
+    """Run the tool in this process; the text encoder has tests of its own."""
+    parts = [] if any("--parts" in o for o in options) else ["--parts=" + NETWORKS]
+    return tool.main([f"--source={source}", f"--out={out}", *parts, *options])
+
+
+def load(out, name, **kinds):
+    return latest_model(out, **kinds).modules[name]
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    return synthetic_wan.write_official(tmp_path_factory.mktemp("wan") / "official")
+
+
+@pytest.fixture(scope="module")
+def converted(official):
+    """The official folder in float32."""
+    out = official.parent / "converted"
+    assert convert(official, out, "--dtype=float32") == 0
+    return out
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), name)
+
+
+def test_every_network_is_what_the_plain_loaders_read(official, converted):
+    """Bit for bit; the loaders are proved on numbers of the official code."""
+    base = parameters(load_dit(official, DIT))
+    whole = parameters(load(converted, "transformer"))
+    assert_same(base, {n: x for n, x in whole.items() if not n.startswith("branches.")})
+    vae = load_vae(official / synthetic_wan.VAE_FILE, VAE)
+    assert_same(parameters(vae), parameters(load(converted, "vae")))
+    clip = load_clip_vision(official / synthetic_wan.CLIP_FILE, CLIP)
+    assert_same(parameters(clip), parameters(load(converted, "clip")))
+
+
+def test_a_bundle_describes_itself(official, converted):
+    bundle = load_bundle(converted)
+    sizes = {n: checkpoint.read_config(d) for n, d in bundle.descriptions.items()}
+    kinds = dict(dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    for name, config in (("transformer", DIT), ("vae", VAE), ("clip", CLIP)):
+        wanted = dataclasses.replace(config, **kinds)
+        assert dataclasses.asdict(sizes[name]) == dataclasses.asdict(wanted)
+    assert bundle.licence == "Apache-2.0"
+    assert bundle.source["layout"] == "official"
+    assert bundle.source["branches"] == {"geo": "initialised", "pose": "initialised"}
+    assert synthetic_wan.VAE_FILE in bundle.source["files"]
+    for path in converted.rglob("*"):
+        if path.is_file():
+            assert str(official.parent).encode() not in path.read_bytes(), path
+
+
+def test_branches_start_as_training_would_start_them(converted):
+    """Drawn from the seed, then the geo branch copied from the base."""
+    bundle = load_bundle(converted)
+    model = bundle.modules["transformer"]
+    drawn = new_model(bundle.descriptions["transformer"], seed=0)
+    base = {n: x for n, x in parameters(model).items() if "branches" not in n}
+    start = checkpoint.with_parameters(drawn, parameters(drawn) | base)
+    copy_from_base(start.branches[1], start)
+    # Drawn under jit together or apart: the same numbers but for the last bit.
+    for name, x in parameters(start).items():
+        stored = np.asarray(parameters(model)[name])
+        np.testing.assert_allclose(stored, np.asarray(x), rtol=1e-6, err_msg=name)
+    assert not np.any(parameters(model)["branches.0.projection.kernel"])
+    assert not np.any(parameters(model)["branches.1.layers.attention.o.kernel"])
+
+
+def test_both_layouts_and_types_convert_to_the_same(official, converted, tmp_path):
+    """Values depend on the name, so the diffusers' is written with official values."""
+    source = synthetic_wan.write_official(tmp_path / "w", dtype="bfloat16")
+    assert convert(source, tmp_path / "bf16", "--dtype=bfloat16") == 0
+    low = parameters(load(tmp_path / "bf16", "transformer"))
+    full = parameters(load(converted, "transformer"))
+    for name, x in low.items():
+        assert x.dtype == jnp.bfloat16
+        wanted = full[name].astype(jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted), name)
+    exported = tmp_path / "diffusers"
+    export_checkpoint(converted, exported / "transformer", "diffusers", base_only=True)
+    options = ("--dtype=float32", "--parts=transformer")
+    assert convert(exported, tmp_path / "d", *options) == 0
+    assert_same(full, parameters(load(tmp_path / "d", "transformer")))
+    # The transformer's folder alone will do.
+    assert convert(exported / "transformer", tmp_path / "e", *options) == 0
+    assert_same(full, parameters(load(tmp_path / "e", "transformer")))
+
+
+def test_the_diffusers_layout_is_what_the_plain_loaders_read(tmp_path):
+    source = synthetic_wan.write_diffusers(tmp_path / "w")
+    assert convert(source, tmp_path / "out", "--dtype=float32") == 0
+    base = parameters(load_dit(source / "transformer", DIT))
+    whole = parameters(load(tmp_path / "out", "transformer"))
+    assert_same(base, {n: x for n, x in whole.items() if not n.startswith("branches.")})
+    vae = parameters(load_vae(source / "vae", VAE))
+    assert_same(vae, parameters(load(tmp_path / "out", "vae")))
+    clip = parameters(load_clip_vision(source / "image_encoder", CLIP))
+    assert_same(clip, parameters(load(tmp_path / "out", "clip")))
+
+
+def test_text_to_video_converts_without_clip(tmp_path):
+    config = synthetic_wan.T2V
+    source = synthetic_wan.write_official(tmp_path / "w", config)
+    assert convert(source, tmp_path / "out", "--parts=transformer,vae") == 0
+    bundle = load_bundle(tmp_path / "out")
+    assert sorted(bundle.modules) == ["transformer", "vae"]
+    assert bundle.modules["transformer"].config.image_dim is None
+
+
+def test_trained_branches_in_the_source_are_read(tmp_path):
+    branches = synthetic_wan.BRANCHES
+    synthetic_wan.write_dit(tmp_path / "w", branches=branches)
+    options = ("--dtype=float32", "--parts=transformer")
+    assert convert(tmp_path / "w", tmp_path / "out", *options) == 0
+    values = parameters(load(tmp_path / "out", "transformer"))
+    shape = values["branches.1.layers.attention.o.bias"].shape[1:]
+    np.testing.assert_array_equal(
+        values["branches.1.layers.attention.o.bias"][2],
+        synthetic_wan.value("geo.blocks.2.attn.o.bias", shape),
+    )
+    assert values["branches.0.conv.kernel"].shape == (64, 12)
+    assert np.any(values["branches.0.projection.kernel"])
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 4, 2), (2, 4, 1)])
+def test_it_restores_onto_any_mesh(converted, sizes):
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    plain = parameters(load(converted, "transformer"))
+    sharded = parameters(load(converted, "transformer", mesh=mesh))
+    assert_same(plain, sharded)
+    kernel = sharded["blocks.ffn.fc1.kernel"]
+    assert len(kernel.sharding.device_set) == math.prod(sizes)
+    assert kernel.sharding.shard_shape(kernel.shape)[1] == 48 // sizes[1]
+
+
+def test_the_table_says_what_was_read_and_what_should_have_been(
+    official, tmp_path, capsys
+):
+    assert convert(official, tmp_path / "out", "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
+    assert convert(official, tmp_path / "out", "--check") == 0
+    done = capsys.readouterr().out
+    assert "Every digest fits" in done
+    count = sum(
+        math.prod(s) for s in synthetic_wan.dit_shapes(DIT, "official").values()
+    )
+    for said in (plan, done):
+        rows = {line.split()[0]: line.split() for line in said.splitlines() if line}
+        assert rows["transformer"][2:4] == [f"{count:,}"] * 2
+        assert rows["vae"][2] == rows["vae"][3]
+        assert rows["clip"][2] == rows["clip"][3]
+    assert "geo branch" in done and "pose branch" in done
+
+
+def test_an_existing_folder_is_checked_only(converted, tmp_path, capsys):
+    assert tool.main(["--check", f"--out={converted}"]) == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(converted, copy)
+    digests = json.loads((copy / "vae" / "digests.json").read_text())
+    digests["rest"]["quant_conv.bias"] += 1
+    (copy / "vae" / "digests.json").write_text(json.dumps(digests))
+    assert tool.main(["--check", f"--out={copy}"]) == 2
+    assert "quant_conv.bias" in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches SIGKILL."""
+
+
+def test_it_goes_on_after_a_kill(official, converted, tmp_path, monkeypatch):
+    """With what is finished; another option or source is refused by both values."""
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    written = []
+
+    def write(path, arrays, **kinds):
+        if len(written) == 2:
+            path.mkdir()
+            raise Killed
+        written.append(path)
+        return write_item(path, arrays, **kinds)
+
+    monkeypatch.setattr(bundle, "write_item", write)
+    with pytest.raises(Killed):
+        convert(official, out, "--dtype=float32")
+    assert [p.name for p in tmp_path.iterdir()] == [partial.name]
+    finished = {p: p.stat().st_mtime_ns for p in partial.rglob("*/block_000/state/d/*")}
+    assert finished
+    monkeypatch.undo()
+    assert convert(official, out, "--dtype=bfloat16") == 2
+    assert convert(official, out, "--dtype=float32") == 0
+    for path, time in finished.items():
+        assert (out / path.relative_to(partial)).stat().st_mtime_ns == time
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert_same(
+        parameters(load(out, "transformer", verify=True)),
+        parameters(load(converted, "transformer")),
+    )
+
+
+def test_another_option_or_source_is_not_mixed_in(
+    official, tmp_path, monkeypatch, capsys
+):
+    def killed(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(bundle, "write_item", killed)
+    with pytest.raises(Killed):
+        convert(official, tmp_path / "out", "--dtype=float32")
+    assert convert(official, tmp_path / "out", "--dtype=bfloat16") == 2
+    error = capsys.readouterr().err
+    assert "dtype: float32 then, bfloat16 now" in error
+    assert "Delete it" in error and ".out.partial" in error
+
+
+# Bad input: what is done to a copy of the official folder, and what must be said.
+
+
+def cut_shard(folder):
+    path = folder / "diffusion_pytorch_model-00002-of-00010.safetensors"
+    path = path if path.exists() else sorted(folder.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    return [f"{path} is not a whole safetensors file"]
+
+
+def lose_shards(folder):
+    lost = sorted(folder.glob("*.safetensors"))[1:3]
+    for path in lost:
+        path.unlink()
+    return [f"{path} is missing" for path in lost]
+
+
+def change_names(folder):
+    rewrite(folder, {"head.head.bias": None}, {"blocks.7.norm3.bias": np.zeros(48)})
+    return ["missing: head.head.bias (64,)", "unexpected: blocks.7.norm3.bias (48,)"]
+
+
+def change_shapes(folder):
+    rewrite(
+        folder,
+        {},
+        {
+            "blocks.1.ffn.0.bias": np.zeros(63),
+            "blocks.2.norm3.weight": np.zeros((48, 1)),
+        },
+    )
+    return [
+        "wrong shape: blocks.1.ffn.0.bias is (63,), the config wants (64,)",
+        "wrong shape: blocks.2.norm3.weight is (48, 1), the config wants (48,)",
+    ]
+
+
+def change_types(folder):
+    rewrite(
+        folder,
+        {},
+        {
+            "blocks.1.ffn.0.bias": np.zeros(64, np.int32),
+            "head.head.bias": np.zeros(64, np.int8),
+        },
+    )
+    return ["blocks.1.ffn.0.bias is I32", "head.head.bias is I8"]
+
+
+def make_infinite(folder):
+    first, second = np.zeros(64), np.zeros(64)
+    first[3], second[63] = np.nan, -np.inf
+    rewrite(folder, {}, {"blocks.1.ffn.0.bias": first, "head.head.bias": second})
+    return ["2 tensors hold NaN or Inf", "blocks.1.ffn.0.bias", "head.head.bias"]
+
+
+def carry_code(folder):
+    contents = {"a": torch.zeros(2), "b": Code(folder / "written_by_the_pickle")}
+    torch.save(contents, folder / synthetic_wan.VAE_FILE)
+    return [f"{folder / synthetic_wan.VAE_FILE} is refused"]
+
+
+def be_something_else(folder):
+    (folder / "config.json").write_text('{"_class_name": "Flux"}')
+    return ["holds no Wan 2.1 transformer: its class is Flux"]
+
+
+def lose_config(folder):
+    (folder / "config.json").unlink()
+    return ["it has no config.json"]
+
+
+def lose_everything_else(folder):
+    (folder / synthetic_wan.VAE_FILE).unlink()
+    (folder / synthetic_wan.CLIP_FILE).unlink()
+    return [synthetic_wan.VAE_FILE, synthetic_wan.CLIP_FILE]
+
+
+def rewrite(folder, without, changes):
+    """Write the transformer's shards again with some tensors changed."""
+    index = next(folder.glob("*.index.json"))
+    content = json.loads(index.read_text())
+    files = content["weight_map"]
+    for name, x in changes.items():
+        files.setdefault(name, next(iter(files.values())))
+        changes[name] = x.astype(np.float32) if x.dtype == np.float64 else x
+    for file in {files[name] for name in (*without, *changes)}:
+        tensors = load_file(folder / file)
+        tensors |= {n: x for n, x in changes.items() if files[n] == file}
+        kept = {n: x for n, x in tensors.items() if n not in without}
+        save_file(kept, folder / file)
+    for name in without:
+        del files[name]
+    index.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_shard,
+        lose_shards,
+        change_names,
+        change_shapes,
+        change_types,
+        make_infinite,
+        carry_code,
+        be_something_else,
+        lose_config,
+        lose_everything_else,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_bad_input_is_one_message_and_leaves_nothing(official, tmp_path, capfd, damage):
+    source = tmp_path / "in" / "wan"
+    shutil.copytree(official, source)
+    wanted = damage(source)
+    (tmp_path / "out").mkdir()
+    assert convert(source, tmp_path / "out" / "made", "--dtype=float32") == 2
+    error = capfd.readouterr().err
+    assert error.count("error: ") == 1
+    for text in wanted:
+        assert text in error
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not (source / "written_by_the_pickle").exists()
+
+
+def test_problems_of_all_parts_are_reported_together(official, tmp_path, capsys):
+    source = tmp_path / "wan"
+    shutil.copytree(official, source)
+    wanted = change_names(source) + carry_code(source)
+    assert convert(source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in wanted)
+
+
+def test_source_and_output_must_differ_also_through_links(official, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(official)
+    for out in (official, tmp_path / "link"):
+        for source in (official, tmp_path / "link"):
+            assert convert(source, out, "--check") == 2
+            assert "--source and --out are both" in capsys.readouterr().err
+    assert convert(official, tmp_path) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_disk_too_small_is_refused_before_writing(
+    official, tmp_path, monkeypatch, capsys
+):
+    small = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
+    assert convert(official, tmp_path / "out") == 2
+    assert re.search(
+        r"needs [\d,]+ more bytes, the disk has 1,000", capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_no_output_and_can_go_on(
+    official, tmp_path, monkeypatch, capsys
+):
+    """A real disk is not filled: the third item's write fails as it would then."""
+    calls = []
+
+    def write(path, arrays, **kinds):
+        calls.append(path)
+        if len(calls) == 3:
+            path.mkdir()
+            raise OSError(28, "No space left on device")
+        return write_item(path, arrays, **kinds)
+
+    monkeypatch.setattr(bundle, "write_item", write)
+    assert convert(official, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1 and "The disk is full" in error
+    assert not (tmp_path / "out").exists() and not calls[-1].exists()
+    monkeypatch.undo()
+    assert convert(official, tmp_path / "out", "--check") == 0
+
+
+def test_texts_are_encoded_from_the_source_and_stored(official, tmp_path, monkeypatch):
+    """The paper's prompt and the empty one; the encoder has tests of its own."""
+    asked = []
+
+    def encode(source, prompts):
+        asked.extend([source, *prompts])
+        return [np.full((len(p) + 1, 24), 2.0, np.float32) for p in prompts]
+
+    monkeypatch.setattr(bundle, "encode_prompts", encode)
+    monkeypatch.setattr(bundle, "find_text_encoder", lambda source: (source, source))
+    assert convert(official, tmp_path / "out", "--parts=vae,text") == 0
+    assert asked == [official, bundle.PROMPT, ""]
+    loaded = load_bundle(tmp_path / "out")
+    assert loaded.text.shape == (len(bundle.PROMPT) + 1, 24)
+    assert loaded.negative_text.shape == (1, 24)
+    assert bundle.PROMPT.startswith(
+        "A photorealistic, cinematic video of a city street"
+    )
+    missing = convert(official, tmp_path / "other", "--parts=vae,text,sound")
+    assert missing == 2

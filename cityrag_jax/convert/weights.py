@@ -126,6 +126,10 @@ class AliasedReader:
         """Give a tensor's shape without reading it."""
         return self._reader.shape(self._name[name])
 
+    def dtype(self, name: str) -> str:
+        """Give a tensor's type without reading it."""
+        return self._reader.dtype(self._name[name])
+
     def read(self, name: str) -> np.ndarray:
         """Read one tensor in the type it is stored in."""
         return self._reader.read(self._name[name])

@@ -10,6 +10,8 @@ and gate are *assumed*: the paper says that keys and values of cross-attention l
 are duplicated from the base's self-attention and trained.
 """
 
+from functools import reduce
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -112,20 +114,23 @@ class GeoBranch(Branch):
         return x + (out if keep is None else keep * out)
 
 
-def copy_from_base(branch: GeoBranch, base: WanDiT) -> None:
-    """Start a branch from the base: its self-attentions and its noise channels.
-
-    Each block's q, k, v and both norms are copied; `o` stays zero. The tokens'
-    embedding takes the patch embedding's first channels (the noise): a clean latent is
-    what they see as the noise vanishes.
-    """
-    source = base.blocks.self_attention
-    target = branch.layers.attention
-    for name in ("q", "k", "v", "norm_q", "norm_k"):
-        nnx.update(getattr(target, name), nnx.state(getattr(source, name)))
-    rows = branch.patch_embedding.kernel.shape[0]
-    kernel = base.patch_embedding.kernel.get_value()[:rows]
-    branch.patch_embedding.kernel.set_value(jnp.array(kernel))
-    branch.patch_embedding.bias.set_value(
-        jnp.array(base.patch_embedding.bias.get_value())
+# What a new branch takes from the base, name by name; the rest stays as it is made:
+# `o` zero, the norm of keys the identity. Of the patch embedding the first rows: those
+# of the noise channels, for a clean latent is what they see as the noise vanishes.
+FROM_BASE = {
+    f"patch_embedding.{leaf}": f"patch_embedding.{leaf}" for leaf in ("kernel", "bias")
+} | {
+    f"layers.attention.{leaf}": f"blocks.self_attention.{leaf}"
+    for leaf in (
+        *(f"{linear}.{leaf}" for linear in "qkv" for leaf in ("kernel", "bias")),
+        *("norm_q.scale", "norm_k.scale"),
     )
+}
+
+
+def copy_from_base(branch: GeoBranch, base: WanDiT) -> None:
+    """Start a branch from the base as `FROM_BASE` says."""
+    for ours, theirs in FROM_BASE.items():
+        target = reduce(getattr, ours.split("."), branch)
+        source = reduce(getattr, theirs.split("."), base).get_value()
+        target.set_value(jnp.array(source[: target.shape[0]]))

@@ -1,0 +1,95 @@
+"""Convert published Wan 2.1 weights to a CityRAG checkpoint.
+
+    python tools/convert_wan.py --source=DIR --out=DIR [--dtype=bfloat16|float32]
+        [--parts=transformer,vae,clip,text] [--prompt=TEXT] [--dry-run] [--check]
+
+DIR is a folder as fetched, image-to-video or text-to-video, in the official layout or
+in diffusers'. It is read tensor by tensor: less than 4 GiB of memory for any size.
+Interrupted and started again with the same command, it goes on. --dry-run checks names,
+shapes and types by the headers and prints the plan. --check compares every digest of
+what was written, or of --out if that exists. Exit code 2 and one message if anything
+is wrong with the input; nothing half-written has the name of the output.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from cityrag_jax.checkpoint import verify_bundle
+from cityrag_jax.convert.bundle import (
+    PARTS,
+    PROMPT,
+    Row,
+    convert,
+    plan_conversion,
+    table,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert, or check; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, help="folder of published weights")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all")
+    parser.add_argument("--prompt", default=PROMPT, help="instead of the paper's")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args(arguments)
+    try:
+        _run(given)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.check and given.out.exists() and not _same(given.source, given.out):
+        verify_bundle(given.out)
+        print(f"{given.out} is whole: every digest fits.")
+        return
+    if given.source is None:
+        raise ValueError("Give --source, the folder of the published weights.")
+    parts = given.parts.split(",") if given.parts else None
+    plan = plan_conversion(
+        given.source, given.out, dtype=given.dtype, parts=parts, prompt=given.prompt
+    )
+    print(f"{plan.folder.path}: Wan 2.1, {plan.folder.layout} layout, to {plan.dtype}")
+    if given.dry_run:
+        print_table(table(plan))
+        print("Names, shapes and types fit. Nothing was written.")
+        return
+    print_table(convert(plan))
+    print(f"{given.out}: done.")
+    if given.check:
+        verify_bundle(given.out)
+        print("Every digest fits.")
+
+
+def _same(source: Path | None, out: Path) -> bool:
+    return source is not None and source.resolve() == out.resolve()
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print what was read of each part beside what it should have been."""
+    print(
+        f"{'part':<12}{'tensors':>8}{'parameters':>17}{'expected':>17}"
+        f"{'bytes':>17}{'checksum':>10}"
+    )
+    for row in rows:
+        print(
+            f"{row.part:<12}{row.tensors:>8}{row.parameters:>17,}{row.expected:>17,}"
+            f"{row.num_bytes:>17,}{row.checksum:>10}"
+        )
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    sys.exit(main())
