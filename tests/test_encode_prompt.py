@@ -1,9 +1,8 @@
 """Prompts encoded block by block equal those of the whole model."""
 
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -161,22 +160,26 @@ def test_tensors_that_do_not_fit_are_all_named(official, tmp_path):
         encode_prompts(tmp_path, ["x"])
 
 
-def test_the_tool_writes_rows_and_refuses_with_code_2(official, whole, tmp_path):
+def test_the_tool_writes_rows_and_refuses_with_code_2(
+    official, whole, tmp_path, monkeypatch, capsys
+):
     def run(*options):
-        return subprocess.run(
-            [sys.executable, ROOT / "tools/encode_prompt.py", *options],
-            env=dict(os.environ, PYTHONPATH=str(ROOT)),
-            capture_output=True,
-            text=True,
-        )
+        monkeypatch.setattr(sys, "argv", ["encode_prompt.py", *options])
+        runpy.run_path(str(ROOT / "tools/encode_prompt.py"), run_name="__main__")
+        return capsys.readouterr()
 
-    out = tmp_path / "text.npy"
-    prompt = PROMPTS["entities"]
-    done = run(f"--source={official}", f"--prompt={prompt}", f"--out={out}")
-    assert done.returncode == 0, done.stderr
+    out, prompt = tmp_path / "text.npy", PROMPTS["entities"]
+    said = run(f"--source={official}", f"--prompt={prompt}", f"--out={out}")
     expected = whole[list(PROMPTS).index("entities")]
     np.testing.assert_allclose(np.load(out), expected, atol=TOLERANCE)
-    assert "3/3" in done.stderr  # the bar
-    refused = run(f"--source={tmp_path}", "--prompt=x", f"--out={tmp_path / 'b.npy'}")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
-    assert "Traceback" not in refused.stderr and not (tmp_path / "b.npy").exists()
+    assert f"{len(expected)} rows of width 48" in said.out
+    assert "3/3" in said.err  # the bar
+    for place, problem in (
+        (tmp_path / "b.npy", "umt5-xxl/tokenizer.json or spiece.model is missing"),
+        (tmp_path / "nowhere" / "b.npy", "make it first"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(f"--source={tmp_path}", "--prompt=x", f"--out={place}")
+        said = capsys.readouterr()
+        assert stopped.value.code == 2 and said.err.startswith("error: ")
+        assert problem in said.err and not place.exists()
