@@ -17,7 +17,7 @@ from test_umt5 import FILE, TINY, encode, transformers_name
 
 from cityrag_jax.convert import load_umt5
 from cityrag_jax.convert.files import CheckpointReader
-from cityrag_jax.convert.prompt import check_text_encoder, encode_prompts
+from cityrag_jax.convert.prompt import encode_prompts, find_text_encoder
 from cityrag_jax.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def test_every_missing_file_is_named(diffusers, tmp_path):
     with pytest.raises(ValueError) as caught:
         encode_prompts(tmp_path, ["x"])
     assert "models_t5_umt5-xxl-enc-bf16.pth" in str(caught.value)
-    assert "umt5-xxl/tokenizer.json or spiece.model" in str(caught.value)
+    assert "google/umt5-xxl holds no tokeniser" in str(caught.value)
     broken = tmp_path / "broken"
     shutil.copytree(diffusers, broken)
     shutil.rmtree(broken / "tokenizer")
@@ -134,7 +134,7 @@ def test_every_missing_file_is_named(diffusers, tmp_path):
         (broken / f"text_encoder/model-{number:05d}-of-00003.safetensors").unlink()
     with pytest.raises(ValueError) as caught:
         encode_prompts(broken, ["x"])
-    for part in "model-00001-of", "model-00003-of", "tokenizer/tokenizer.json":
+    for part in "model-00001-of", "model-00003-of", "tokenizer holds no tokeniser":
         assert part in str(caught.value)
     assert "model-00002-of" not in str(caught.value)
 
@@ -151,13 +151,32 @@ def test_tensors_that_do_not_fit_are_all_named(official, tmp_path):
     assert "wrong shape: blocks.1.ffn.fc1.weight" in str(caught.value)
     (tmp_path / "google/umt5-xxl/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError) as caught:
-        check_text_encoder(tmp_path)
+        find_text_encoder(tmp_path)
     assert "missing: blocks.2.norm2.weight" in str(caught.value)
     assert "not a readable tokeniser" in str(caught.value)
     other = {"weight": np.zeros(3, np.float32)}
     save_file(other, tmp_path / "models_t5_umt5-xxl-enc-bf16.safetensors")
     with pytest.raises(ValueError, match="is no UMT5 text encoder"):
         encode_prompts(tmp_path, ["x"])
+
+
+def test_values_types_and_ids_that_will_not_do_are_refused(official, tmp_path):
+    """Integers as weights, a NaN in a block, a tokeniser of another checkpoint."""
+    shutil.copytree(official / "google", tmp_path / "google")
+    file = tmp_path / "models_t5_umt5-xxl-enc-bf16.safetensors"
+    tensors = load_file(FILE)
+    save_file(tensors | {"norm.weight": np.ones(48, np.int32)}, file)
+    with pytest.raises(ValueError, match="norm.weight is I32"):
+        encode_prompts(tmp_path, ["x"])
+    broken = tensors["blocks.1.ffn.fc2.weight"].copy()
+    broken[3, 5] = np.nan
+    save_file(tensors | {"blocks.1.ffn.fc2.weight": broken}, file)
+    with pytest.raises(ValueError, match="not finite, in its block 1"):
+        encode_prompts(tmp_path, ["x"])
+    short = tensors["token_embedding.weight"][:4].copy()
+    save_file(tensors | {"token_embedding.weight": short}, file)
+    with pytest.raises(ValueError, match="not of the same checkpoint"):
+        encode_prompts(tmp_path, ["a street"])
 
 
 def test_the_tool_writes_rows_and_refuses_with_code_2(
@@ -175,7 +194,7 @@ def test_the_tool_writes_rows_and_refuses_with_code_2(
     assert f"{len(expected)} rows of width 48" in said.out
     assert "3/3" in said.err  # the bar
     for place, problem in (
-        (tmp_path / "b.npy", "umt5-xxl/tokenizer.json or spiece.model is missing"),
+        (tmp_path / "b.npy", "umt5-xxl holds no tokeniser, neither tokenizer.json"),
         (tmp_path / "nowhere" / "b.npy", "make it first"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -21,11 +21,11 @@ from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.convert.names import umt5_alias, umt5_name
 from cityrag_jax.convert.weights import AliasedReader, find_naming
 from cityrag_jax.model.layers import RMSNorm
-from cityrag_jax.model.tokenizer import FILES as TOKENIZER_FILES
 from cityrag_jax.model.tokenizer import Tokenizer
 from cityrag_jax.model.umt5 import UMT5Block, UMT5Config, UMT5Encoder
 
 STEP = 64
+TYPES = ("float32", "bfloat16", "float16", "float64")
 OFFICIAL_WEIGHTS = "models_t5_umt5-xxl-enc-bf16.pth"
 OFFICIAL_TOKENIZER = "google/umt5-xxl"
 DIFFUSERS_WEIGHTS = "text_encoder"
@@ -39,10 +39,18 @@ def encode_prompts(
 
     Gives float32 rows [S, E] for each prompt, cut at its true length (1 to 512).
     `source` is the official folder or diffusers'; `dtype` is the linears' arithmetic.
-    Raises ValueError that names every missing file, or every tensor that does not fit.
+    Raises ValueError that names every missing file and every tensor that does not fit,
+    and one where a block's result is not finite.
     """
-    reader, tokenizer, config, naming = _open(source, dtype)
-    ids, mask = tokenizer(prompts)
+    weights, tokenizer = find_text_encoder(source)
+    reader = _reader(weights)
+    config, naming = _read_config(reader, dtype)
+    ids, mask = Tokenizer(tokenizer)(prompts)
+    if ids.max(initial=0) >= config.vocab_size:
+        raise ValueError(
+            f"{tokenizer} gives the token {ids.max()}, {weights} embeds "
+            f"{config.vocab_size}; they are not of the same checkpoint."
+        )
     lengths = mask.sum(axis=1)
     streams = [
         _embed(reader, naming, row[: min(len(row), -(-length // STEP) * STEP)])
@@ -54,25 +62,29 @@ def encode_prompts(
             streams = [
                 _run(*block, x, n) for x, n in zip(streams, lengths, strict=True)
             ]
-            jax.block_until_ready(streams)
             del block  # before the next is read: one block is the peak
+            _check_finite(streams, weights, f"block {layer} or the embedding")
         norm = _read_norm(reader, naming, config)
-        return [
-            np.asarray(norm(x))[0, :length]
-            for x, length in zip(streams, lengths, strict=True)
-        ]
+        streams = [norm(x) for x in streams]
+    _check_finite(streams, weights, "norm")
+    return [
+        np.asarray(x)[0, :length] for x, length in zip(streams, lengths, strict=True)
+    ]
 
 
-def check_text_encoder(source: str | Path) -> None:
-    """Raise one ValueError about every file and tensor that `encode_prompts` misses."""
-    _open(source, jnp.float32)
+def _check_finite(streams, weights, place):
+    if not all(jnp.isfinite(x).all() for x in streams):
+        raise ValueError(
+            f"{weights} holds values that are not finite, in its {place}; fetch it "
+            "again."
+        )
 
 
 def find_text_encoder(source: str | Path) -> tuple[Path, Path]:
     """Find the weights of the text encoder and the folder of its tokeniser.
 
-    Raises ValueError that names every file, of the official layout unless the folder
-    has diffusers', that is missing or cannot be read.
+    Raises one ValueError that names every file that is missing or cannot be read and
+    every tensor that does not fit, before anything is computed.
     """
     source = Path(source)
     if (source / DIFFUSERS_WEIGHTS).is_dir() or (source / "model_index.json").exists():
@@ -81,48 +93,35 @@ def find_text_encoder(source: str | Path) -> tuple[Path, Path]:
         weights, tokenizer = source / OFFICIAL_WEIGHTS, source / OFFICIAL_TOKENIZER
         safe = weights.with_suffix(".safetensors")
         weights = safe if safe.exists() and not weights.exists() else weights
-    problems = _problems(lambda: CheckpointReader(weights))
-    if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
-        missing = " or ".join(TOKENIZER_FILES)
-        problems.append(f"{tokenizer / missing} is missing; fetch it.")
+    problems = []
+    for check in (lambda: _read_config(_reader(weights)), lambda: Tokenizer(tokenizer)):
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
     return weights, tokenizer
 
 
-def _problems(*actions):
-    """Collect what the actions complain about."""
-    found = []
-    for action in actions:
-        try:
-            action()
-        except ValueError as error:
-            found.append(str(error))
-    return found
+def _reader(weights):
+    return AliasedReader(CheckpointReader(weights), umt5_alias)
 
 
-def _open(source, dtype):
-    weights, folder = find_text_encoder(source)
-    reader = AliasedReader(CheckpointReader(weights), umt5_alias)
-    problems = _problems(lambda: Tokenizer(folder), lambda: _read_config(reader, dtype))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return reader, Tokenizer(folder), *_read_config(reader, dtype)
-
-
-def _read_config(reader, dtype):
-    """Read sizes off the tensors' shapes, then check every name and shape."""
+def _read_config(reader, dtype=jnp.float32):
+    """Read sizes off the tensors' shapes, then check every name, shape and type."""
     names = reader.names()
     naming = "diffusers" if "shared.weight" in names else "official"
 
     def shape(path: str, layer: int | None = None) -> tuple[int, ...]:
         name = umt5_name(path).name(naming, layer)
-        if name not in names:
+        found = reader.shape(name) if name in names else None
+        if found is None or len(found) != 2:
             raise ValueError(
-                f"{reader.path} is no UMT5 text encoder: it has no {name}; give the "
-                "folder of a Wan 2.1 checkpoint."
+                f"{reader.path} is no UMT5 text encoder: it has no matrix {name}; give "
+                "the folder of a Wan 2.1 checkpoint."
             )
-        return reader.shape(name)
+        return found
 
     vocab_size, dim = shape("token_embedding")
     num_buckets, num_heads = shape("blocks.attention.position_bias", 0)
@@ -140,7 +139,15 @@ def _read_config(reader, dtype):
     )
     encoder = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
     params = _by_path(nnx.state(encoder, nnx.Param))
-    return config, find_naming(reader, params, {p: umt5_name(p) for p in params})
+    naming = find_naming(reader, params, {p: umt5_name(p) for p in params})
+    types = {name: reader.dtype(name) for name in sorted(names)}
+    odd = [f"{name} is {kind}" for name, kind in types.items() if kind not in TYPES]
+    if odd:
+        lines = "\n  ".join(odd)
+        raise ValueError(
+            f"{reader.path} holds other than {', '.join(TYPES)}:\n  {lines}"
+        )
+    return config, naming
 
 
 def _embed(reader, naming, ids):
