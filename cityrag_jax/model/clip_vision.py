@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
+from cityrag_jax import parallel
 from cityrag_jax.model.attention import attend
 from cityrag_jax.model.dit import stack_layers
 from cityrag_jax.model.layers import MLP, XAVIER, LayerNorm, Linear, gelu_exact
@@ -80,7 +81,8 @@ class CLIPBlock(nnx.Module):
         qkv = self.qkv(self.norm1(x))
         heads = dict(c=3, N=self.config.num_heads)
         q, k, v = rearrange(qkv, "B L (c N K) -> c B L N K", **heads)
-        x = x + self.proj(rearrange(attend(q, k, v), "B L N K -> B L (N K)"))
+        out = parallel.share_keys(attend, q, k, v)
+        x = x + self.proj(rearrange(out, "B L N K -> B L (N K)"))
         return x + self.mlp(self.norm2(x))
 
 
