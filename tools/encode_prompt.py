@@ -3,7 +3,7 @@
     python tools/encode_prompt.py --source=DIR --prompt=TEXT [--out=text.npy]
 
 DIR is a checkpoint as published, in the official layout or in diffusers'. One block's
-weights are in memory at a time: less than 4 GiB. The rows are written as float32.
+weights are in memory at a time: 1.4 GiB. The rows are written as float32.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 Of 11 GB of published weights one block's lie in memory, and of the embedding the rows
 of the prompts' own tokens. Rows are computed at the prompts' true length, padded to a
-multiple of `STEP`: padding is masked, so the features are those of 512 rows.
+multiple of `STEP`: padding is masked, so the features are those of 512 rows. Measured
+at full width, with 2 and with 4 blocks: 1.4 GiB of anonymous memory at the peak.
 """
 
 import functools
