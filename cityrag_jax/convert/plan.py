@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -53,6 +54,7 @@ from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 from cityrag_jax.model.vae import WanVAE
 
 SEED = 0  # of what is drawn
+THREADS = 4  # more would hold more tensors in two layouts at once
 POSE, GEO = "branches.0.", "branches.1."
 BRANCH_TENSORS = {POSE: "pose.", GEO: "geo."}
 HIDDEN = 512  # of the trajectory encoder, unless the source has one
@@ -80,23 +82,36 @@ class NetworkPlan:
     rows: tuple[tuple[str, str, int], ...]
 
     def make(self, item: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Make the arrays of an item one by one, in our axes and their stored type."""
+        """Make the arrays of an item one by one, in our axes and their stored type.
+
+        Those of the source are read some at a time: turning axes takes longest.
+        """
+        with ThreadPoolExecutor(THREADS) as pool:
+            read = {
+                ours: pool.submit(self._read, item, ours)
+                for ours in self.items[item]
+                if ours in self.read
+            }
+            made: dict[str, np.ndarray] = {}
+            # What is copied shares the memory of what it is copied from.
+            for ours in sorted(self.items[item], key=lambda name: name in self.copied):
+                wanted = self.items[item][ours]
+                if ours in read:
+                    x = read.pop(ours).result()
+                elif ours in self.copied:
+                    x = made[self.copied[ours]][: wanted.shape[0]]
+                else:
+                    x = self.drawn[ours]
+                x = np.ascontiguousarray(x, dtype=wanted.dtype)
+                assert x.shape == wanted.shape, ours
+                if self.copied and not ours.startswith("branches."):
+                    made[ours] = x
+                yield ours, x
+
+    def _read(self, item: str, ours: str) -> np.ndarray:
         layer = None if item == REST else int(item.rpartition("_")[2])
-        made: dict[str, np.ndarray] = {}
-        # What is copied shares the memory of what it is copied from.
-        for ours in sorted(self.items[item], key=lambda name: name in self.copied):
-            wanted = self.items[item][ours]
-            if ours in self.read:
-                x = self.read[ours].read(self.naming, self.reader.read, layer)
-            elif ours in self.copied:
-                x = made[self.copied[ours]][: wanted.shape[0]]
-            else:
-                x = self.drawn[ours]
-            x = np.ascontiguousarray(x, dtype=wanted.dtype)
-            assert x.shape == wanted.shape, ours
-            if self.copied and not ours.startswith("branches."):
-                made[ours] = x
-            yield ours, x
+        x = self.read[ours].read(self.naming, self.reader.read, layer)
+        return np.ascontiguousarray(x, dtype=self.items[item][ours].dtype)
 
     def sources(self, item: str, ours: str) -> tuple[str, ...]:
         """Name the tensors that an array is made of."""
