@@ -28,7 +28,7 @@ from cityrag_jax.checkpoint import (
     save_bundle,
     stacked_parameters,
 )
-from cityrag_jax.convert import export_checkpoint, load_dit, names
+from cityrag_jax.convert import export_checkpoint, load_dit, names, stored
 from cityrag_jax.convert.names import NAMINGS, transformer_names
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
@@ -211,20 +211,25 @@ def test_a_torch_file_comes_back_bit_for_bit(name, dtype, tmp_path):
     assert_same_bits(read_tensors(source), golden)
 
 
-def test_shards_change_nothing_and_every_item_is_read_once(
+def test_shards_change_nothing_and_everything_is_read_once(
     bundles, tmp_path, monkeypatch
 ):
     model, bundle = bundles["float32"]
-    asked = []
+    """In small parts, which is what keeps an export of any size in little memory."""
+    asked, sizes = [], []
     load = ocp.load
 
-    def counted(path, *arguments):
-        asked.append(path.name)
-        return load(path, *arguments)
+    def counted(path, wanted):
+        asked.extend((path.name, name) for name in wanted)
+        sizes.append(sum(x.size * x.dtype.itemsize for x in wanted.values()))
+        return load(path, wanted)
 
     monkeypatch.setattr(ocp, "load", counted)
+    monkeypatch.setattr(stored, "GROUP_BYTES", 20_000)
     export_checkpoint(bundle, tmp_path / "out", max_shard_bytes=100_000)
-    assert asked == ["rest", "block_000", "block_001"]
+    assert len(asked) == len(set(asked))
+    assert {item for item, _ in asked} == {"rest", "block_000", "block_001"}
+    assert max(sizes) < 60_000 < sum(sizes) / 5  # the largest array: time_projection
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     index = tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json"
     index = json.loads(index.read_text())
@@ -553,9 +558,9 @@ def test_a_damaged_bundle_is_refused(bundle, tool, tmp_path):
     shutil.copytree(bundle, copy)
     digests = copy / "transformer" / "digests.json"
     text = digests.read_text()
-    stored = json.loads(text)
-    stored["block_001"]["blocks.modulation"] ^= 1
-    digests.write_text(json.dumps(stored))
+    broken = json.loads(text)
+    broken["block_001"]["blocks.modulation"] ^= 1
+    digests.write_text(json.dumps(broken))
     result = tool(copy, to / "out", "--naming=official")
     assert_refused(result, to, "block_001 is damaged", "blocks.modulation")
     digests.write_text(text)

@@ -37,6 +37,7 @@ NAME = "transformer"
 BASE = "Wan transformer"
 PARTS = {"geo branch": "geo.", "pose branch": "pose."}  # what the names begin with
 SHARD_BYTES = 5 * 10**9
+BLOCK = 128  # rows and columns that fit a core's cache
 HEADER_BYTES = 2**22  # headers, index, config and prompt take less
 
 Read = Callable[[str], np.ndarray]
@@ -164,9 +165,22 @@ def _reader(stored: StoredParameters, sources: dict[str, _Source]) -> Read:
     def read(name: str) -> np.ndarray:
         source = sources[name]
         x = source.layout.to_torch(stored.read(source.ours, source.layer))
-        return x.astype(source.written.dtype, copy=False)
+        return _as_it_lies(x).astype(source.written.dtype, copy=False)
 
     return read
+
+
+def _as_it_lies(x: np.ndarray) -> np.ndarray:
+    """Copy a transposed matrix block by block: NumPy goes line by line, at a seventh
+    of the speed."""
+    if x.ndim != 2 or x.flags.c_contiguous:
+        return x
+    copy = np.empty(x.shape, x.dtype)
+    for i in range(0, x.shape[0], BLOCK):
+        for j in range(0, x.shape[1], BLOCK):
+            place = np.s_[i : i + BLOCK, j : j + BLOCK]
+            copy[place] = x[place]
+    return copy
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """A transformer's parameters one layer at a time, so that an export needs no memory.
 
-Bundles are read item by item in their stored types, each array against its digest.
+Bundles are read in their stored types, some arrays of an item at a time, each against
+its digest.
 """
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from cityrag_jax.checkpoint.digests import check_digests, compare_names, unreada
 from cityrag_jax.checkpoint.files import read_json
 from cityrag_jax.checkpoint.items import DIGESTS, REST, block_name, plan_items
 from cityrag_jax.model.dit import WanDiT
+
+GROUP_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ def in_memory(model: WanDiT) -> StoredParameters:
 
 
 def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
-    """Read with one item in memory at a time; names and shapes are checked before."""
+    """Read some arrays of an item at a time; names and shapes are checked before."""
     wanted = abstract_parameters(model, parameter_shardings(model, None))
     plan = plan_items(wanted, stacked_parameters(model))
     stored = {item: _stored_arrays(folder / item) for item in plan}
@@ -72,14 +75,19 @@ def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
         for name, x in wanted.items()
     }
 
-    @functools.lru_cache(maxsize=1)
-    def newest(item: str) -> Arrays:
-        values = _read_item(folder / item, stored[item])
-        check_digests(values, digests.get(item, {}), folder / item)
-        return values
+    groups = {item: _group(plan[item]) for item in plan}
+    held: dict[tuple[str, str], np.ndarray] = {}  # of the item and the group read last
 
     def read(name: str, layer: int | None) -> np.ndarray:
-        return np.asarray(newest(REST if layer is None else block_name(layer))[name])
+        item = REST if layer is None else block_name(layer)
+        if (item, name) not in held:
+            held.clear()  # before the next ones come
+            names = next(group for group in groups[item] if name in group)
+            some = {n: stored[item][n] for n in names}
+            values = _read_arrays(folder / item, some)
+            check_digests(values, digests.get(item, {}), folder / item)
+            held.update({(item, n): x for n, x in values.items()})
+        return held[item, name]
 
     return StoredParameters(arrays, read)
 
@@ -95,13 +103,31 @@ def _stored_arrays(path: Path) -> Arrays:
         raise unreadable(path, error) from error
 
 
-def _read_item(path: Path, stored: Arrays) -> Arrays:
+def _group(arrays: Arrays) -> list[list[str]]:
+    """Cut names, in order, where the arrays become large: each load has its price."""
+    groups, size = [[]], 0
+    for name, x in arrays.items():
+        num_bytes = math.prod(x.shape) * x.dtype.itemsize
+        if groups[-1] and size + num_bytes > GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    return groups
+
+
+def _read_arrays(path: Path, stored: Arrays) -> dict[str, np.ndarray]:
+    """Read some arrays of an item in their stored types."""
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     shapes = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
         for name, x in stored.items()
     }
+    some = ocp.Context()
+    some.pytree.loading.partial_load = True
     try:
-        return ocp.load(path.absolute(), shapes)
+        with some:
+            arrays = ocp.load(path.absolute(), shapes)
     except (ValueError, OSError) as error:
         raise unreadable(path, error) from error
+    return {name: np.asarray(x) for name, x in arrays.items()}
