@@ -6,6 +6,9 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := out/demo
 TORCH := torch==2.13.0
+# The compiler for TPUs that jax asks for. Aside, or every run here would look for TPUs.
+LIBTPU := import importlib.metadata as m; \
+  print(next(r.split(';')[0] for r in m.requires('jax') if r.startswith('libtpu')))
 
 .PHONY: help demo test test-long clean
 .DEFAULT_GOAL := help
@@ -22,6 +25,8 @@ help:
 .venv/installed-tests: .venv/installed
 	.venv/bin/pip install --quiet $(TORCH)
 	.venv/bin/pip install --quiet --editable '.[test]'
+	[ "$$(uname -sm)" != "Linux x86_64" ] || \
+	$(RUN) -c "$(LIBTPU)" | xargs .venv/bin/pip install --quiet --no-deps --target .venv/tpu
 	touch $@
 
 demo: .venv/installed

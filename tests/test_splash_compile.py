@@ -1,11 +1,13 @@
 """The fused attention for TPUs compiles at full size, without a TPU.
 
 libtpu compiles ahead of time for chips that are not there. It wants a process of its
-own, which is this file run as a script.
+own, which is this file run as a script. `make` installs it aside, in the environment's
+folder `tpu/`.
 """
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -19,6 +21,10 @@ GIB = 2**30
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="libtpu is built for Linux on x86-64 alone",
+)
 def test_splash_attention_compiles_at_full_length_for_eight_chips():
     """Self-, geo- (with a length), text and image attention, forward and backward.
 
@@ -50,6 +56,7 @@ def own_environment():
     return kept | {
         "PYTHONPATH": root,
         "JAX_PLATFORMS": "cpu",
+        "TPU_LIBRARY_PATH": os.path.join(sys.prefix, "tpu", "libtpu", "libtpu.so"),
         "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud service what this machine is
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_LOG_DIR": "disabled",
