@@ -31,7 +31,7 @@ from cityrag_jax.model.vae import VAEConfig, WanVAE
 DIT = DiTConfig(
     dim=48,
     num_heads=2,
-    num_layers=3,
+    num_layers=2,
     ffn_dim=64,
     in_channels=36,
     freq_dim=32,
@@ -39,7 +39,9 @@ DIT = DiTConfig(
     image_dim=80,
 )
 T2V = dataclasses.replace(DIT, in_channels=16, image_dim=None)
-VAE = VAEConfig(base_dim=4)
+VAE = VAEConfig(
+    base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)
+)
 CLIP = CLIPVisionConfig(
     image_size=28, patch_size=14, dim=80, num_heads=1, mlp_dim=32, num_layers=3
 )
@@ -71,8 +73,8 @@ def dit_shapes(config, naming, branches=()):
     return shapes(WanDiT, config, table, naming, branches)
 
 
-def vae_shapes(naming):
-    return shapes(WanVAE, VAE, vae_names(VAE.num_res_blocks), naming)
+def vae_shapes(naming, config=VAE):
+    return shapes(WanVAE, config, vae_names(config.num_res_blocks), naming)
 
 
 def clip_shapes(naming):

@@ -11,6 +11,9 @@ import math
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -34,10 +37,14 @@ from cityrag_jax.convert import (
     load_vae,
 )
 from cityrag_jax.convert.files import CheckpointReader
+from cityrag_jax.convert.source import read_vae_config
+from cityrag_jax.model.dit import DiTConfig
 from cityrag_jax.model.geo_branch import copy_from_base
+from cityrag_jax.model.vae import VAEConfig
 from cityrag_jax.parallel import make_mesh
 
 NETWORKS = "transformer,vae,clip"
+ONE = ("--parts=transformer",)
 TOOL = Path(__file__).parents[1] / "tools" / "convert_wan.py"
 
 
@@ -179,9 +186,10 @@ def test_branches_start_as_training_would_start_them(converted):
 
 
 def test_both_layouts_and_types_convert_to_the_same(official, converted, tmp_path):
-    """Values depend on the name, so the diffusers' is written with official values."""
-    source = synthetic_wan.write_official(tmp_path / "w", dtype="bfloat16")
-    assert convert(source, tmp_path / "bf16", "--dtype=bfloat16") == 0
+    """Exported to diffusers' names and back; as bfloat16 everything is rounded once."""
+    source = tmp_path / "w"
+    synthetic_wan.write_dit(source, dtype="bfloat16")
+    assert convert(source, tmp_path / "bf16", *ONE, "--dtype=bfloat16") == 0
     low = parameters(load(tmp_path / "bf16", "transformer"))
     full = parameters(load(converted, "transformer"))
     for name, x in low.items():
@@ -190,12 +198,11 @@ def test_both_layouts_and_types_convert_to_the_same(official, converted, tmp_pat
         np.testing.assert_array_equal(np.asarray(x), np.asarray(wanted), name)
     exported = tmp_path / "diffusers"
     export_checkpoint(converted, exported / "transformer", "diffusers", base_only=True)
-    options = ("--dtype=float32", "--parts=transformer")
+    options = (*ONE, "--dtype=float32")
     assert convert(exported, tmp_path / "d", *options) == 0
     assert_same(full, parameters(load(tmp_path / "d", "transformer")))
     # The transformer's folder alone will do.
-    assert convert(exported / "transformer", tmp_path / "e", *options) == 0
-    assert_same(full, parameters(load(tmp_path / "e", "transformer")))
+    assert convert(exported / "transformer", tmp_path / "e", *ONE, "--dry-run") == 0
 
 
 def test_the_diffusers_layout_is_what_the_plain_loaders_read(tmp_path):
@@ -227,8 +234,8 @@ def test_trained_branches_in_the_source_are_read(tmp_path):
     values = parameters(load(tmp_path / "out", "transformer"))
     shape = values["branches.1.layers.attention.o.bias"].shape[1:]
     np.testing.assert_array_equal(
-        values["branches.1.layers.attention.o.bias"][2],
-        synthetic_wan.value("geo.blocks.2.attn.o.bias", shape),
+        values["branches.1.layers.attention.o.bias"][1],
+        synthetic_wan.value("geo.blocks.1.attn.o.bias", shape),
     )
     assert values["branches.0.conv.kernel"].shape == (64, 12)
     assert np.any(values["branches.0.projection.kernel"])
@@ -294,15 +301,15 @@ def test_it_goes_on_after_a_kill(official, converted, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bundle, "write_item", write)
     with pytest.raises(Killed):
-        convert(official, out, "--dtype=float32")
+        convert(official, out, *ONE, "--dtype=float32")
     assert [p.name for p in tmp_path.iterdir()] == [partial.name]
     finished = {p: p.stat().st_mtime_ns for p in partial.rglob("*/block_000/state/d/*")}
     assert finished
     monkeypatch.undo()
-    assert convert(official, out, "--dtype=bfloat16") == 2
-    assert convert(official, out, "--dtype=float32") == 0
-    for path, time in finished.items():
-        assert (out / path.relative_to(partial)).stat().st_mtime_ns == time
+    assert convert(official, out, *ONE, "--dtype=bfloat16") == 2
+    assert convert(official, out, *ONE, "--dtype=float32") == 0
+    for path, written_at in finished.items():
+        assert (out / path.relative_to(partial)).stat().st_mtime_ns == written_at
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert_same(
         parameters(load(out, "transformer", verify=True)),
@@ -318,8 +325,8 @@ def test_another_option_or_source_is_not_mixed_in(
 
     monkeypatch.setattr(bundle, "write_item", killed)
     with pytest.raises(Killed):
-        convert(official, tmp_path / "out", "--dtype=float32")
-    assert convert(official, tmp_path / "out", "--dtype=bfloat16") == 2
+        convert(official, tmp_path / "out", *ONE, "--dtype=float32")
+    assert convert(official, tmp_path / "out", *ONE, "--dtype=bfloat16") == 2
     error = capsys.readouterr().err
     assert "dtype: float32 then, bfloat16 now" in error
     assert "Delete it" in error and ".out.partial" in error
@@ -353,12 +360,12 @@ def change_shapes(folder):
         {},
         {
             "blocks.1.ffn.0.bias": np.zeros(63),
-            "blocks.2.norm3.weight": np.zeros((48, 1)),
+            "blocks.0.norm3.weight": np.zeros((48, 1)),
         },
     )
     return [
         "wrong shape: blocks.1.ffn.0.bias is (63,), the config wants (64,)",
-        "wrong shape: blocks.2.norm3.weight is (48, 1), the config wants (48,)",
+        "wrong shape: blocks.0.norm3.weight is (48, 1), the config wants (48,)",
     ]
 
 
@@ -485,23 +492,23 @@ def test_a_disk_too_small_is_refused_before_writing(
 def test_a_disk_that_fills_up_leaves_no_output_and_can_go_on(
     official, tmp_path, monkeypatch, capsys
 ):
-    """A real disk is not filled: the third item's write fails as it would then."""
+    """A real disk is not filled: the second item's write fails as it would then."""
     calls = []
 
     def write(path, arrays, **kinds):
         calls.append(path)
-        if len(calls) == 3:
+        if len(calls) == 2:
             path.mkdir()
             raise OSError(28, "No space left on device")
         return write_item(path, arrays, **kinds)
 
     monkeypatch.setattr(bundle, "write_item", write)
-    assert convert(official, tmp_path / "out") == 2
+    assert convert(official, tmp_path / "out", *ONE) == 2
     error = capsys.readouterr().err
     assert error.count("error: ") == 1 and "The disk is full" in error
     assert not (tmp_path / "out").exists() and not calls[-1].exists()
     monkeypatch.undo()
-    assert convert(official, tmp_path / "out", "--check") == 0
+    assert convert(official, tmp_path / "out", *ONE, "--check") == 0
 
 
 def test_texts_are_encoded_from_the_source_and_stored(official, tmp_path, monkeypatch):
@@ -524,3 +531,78 @@ def test_texts_are_encoded_from_the_source_and_stored(official, tmp_path, monkey
     )
     missing = convert(official, tmp_path / "other", "--parts=vae,text,sound")
     assert missing == 2
+
+
+def test_the_published_autoencoder_is_recognised_by_its_shapes(tmp_path):
+    """In both namings; the small one of the other tests has other levels."""
+    for naming in ("official", "diffusers"):
+        found = synthetic_wan.vae_shapes(naming, VAEConfig(base_dim=4))
+        synthetic_wan.write_safetensors(tmp_path / f"{naming}.safetensors", found)
+        reader = CheckpointReader(tmp_path / f"{naming}.safetensors")
+        config = read_vae_config(reader, jnp.float32)
+        assert config == VAEConfig(base_dim=4, dtype=jnp.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Two transformers of 65 MB a block in float32: 2 blocks and 10."""
+    folder = tmp_path_factory.mktemp("deep")
+    for layers in (2, 10):
+        sizes = dict(dim=1024, num_heads=8, ffn_dim=2816, num_layers=layers)
+        config = DiTConfig.i2v_14b(**sizes)
+        path = folder / str(layers)
+        synthetic_wan.write_dit(path, config, max_shard_bytes=2 * 10**8)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def start(source, out):
+    options = [f"--source={source}", f"--out={out}", "--dtype=float32"]
+    command = [sys.executable, str(TOOL), *options, "--parts=transformer"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def peak_anonymous_bytes(process):
+    """Poll RssAnon, which leaves out mapped files, until the process ends."""
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            continue
+        found = re.search(r"RssAnon:\s+(\d+) kB", status)
+        peak = max(peak, 1024 * int(found[1]) if found else 0)
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return peak
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_the_number_of_layers(deep):
+    """Eight more blocks of 65 MB; a margin of two for what allocators keep."""
+    peaks = {
+        n: peak_anonymous_bytes(start(deep / n, deep / f"out{n}"))
+        for n in "2 10".split()
+    }
+    assert peaks["10"] < peaks["2"] + 130e6, peaks
+
+
+@pytest.mark.long
+def test_a_conversion_killed_at_any_moment_goes_on(deep):
+    out, record = deep / "out", deep / ".out.partial" / "progress.json"
+    for wanted in (1, 5):
+        process = start(deep / "10", out)
+        while (
+            not record.exists() or len(json.loads(record.read_text())["done"]) < wanted
+        ):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    first = deep / ".out.partial" / "transformer" / "rest" / "state" / "manifest.ocdbt"
+    written = first.stat().st_mtime_ns
+    assert start(deep / "10", out).wait() == 0
+    assert (
+        out / first.relative_to(deep / ".out.partial")
+    ).stat().st_mtime_ns == written
+    checkpoint.verify_bundle(out)

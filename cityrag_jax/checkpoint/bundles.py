@@ -187,7 +187,7 @@ def load_bundle(
 
 
 def verify_bundle(path: Path | str) -> None:
-    """Compare every array of a bundle with its digest, one item in memory at a time.
+    """Compare every array of a bundle with its digest, a few in memory at a time.
 
     Raises one ValueError that names all arrays, items and texts that are damaged.
     """

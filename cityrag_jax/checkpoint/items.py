@@ -7,6 +7,7 @@ ever holds more than the result and one item.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -29,7 +30,12 @@ from cityrag_jax.checkpoint.files import read_json, write_json
 
 REST = "rest"
 DIGESTS = "digests.json"
-CHUNK_BYTES = 16 * 2**20  # what is read at once: a process reads only its own chunks
+READ_BYTES = 256 * 2**20  # of a checksum's batch
+# A process reads the chunks that its shards touch. tensorstore copies what it cuts into
+# chunks, and keeps the memory: of a large item (a block of 14B in float32) only the
+# largest arrays are cut.
+CHUNK_BYTES = 16 * 2**20
+LARGE_ITEM_BYTES, LARGE_CHUNK_BYTES = 1280 * 2**20, 128 * 2**20
 
 
 def block_name(layer: int) -> str:
@@ -57,7 +63,9 @@ def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str
     """Write one item and give its digests; NumPy arrays are not copied."""
     context = ocp.Context()
     context.array.saving.use_compression = compress
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    large = sum(x.nbytes for x in arrays.values()) > LARGE_ITEM_BYTES
+    chunk = LARGE_CHUNK_BYTES if large else CHUNK_BYTES
+    context.array.saving.storage_options.chunk_byte_size = chunk
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     context.memory.deepcopy_host_arrays = False  # nobody writes to them meanwhile
     with context:
@@ -108,12 +116,11 @@ def read_arrays(
 
 
 def find_damage(folder: Path) -> list[str]:
-    """Compare every array of a module with its digest, one item in memory at a time.
+    """Compare every array of a module with its digest, a few in memory at a time.
 
     Gives a line for each array that differs and each item that cannot be read.
     """
     digests = read_json(folder / DIGESTS)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     lines = []
     for item in sorted(digests.keys() | {i.name for i in _item_folders(folder)}):
         path = folder / item
@@ -121,17 +128,24 @@ def find_damage(folder: Path) -> list[str]:
             lines.append(f"{path}: {'not listed' if path.is_dir() else 'missing'}")
             continue
         try:
-            stored = _metadata(path)
-            shapes = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-                for name, x in stored.items()
-            }
-            arrays = _load(path, shapes, stored)
+            lines += _item_damage(path, digests[item])
         except ValueError as error:
             lines.append(str(error))
-            continue
-        missing = [f"{path}: no {name}" for name in digests[item].keys() - arrays]
-        lines += sorted(missing) + broken_arrays(arrays, digests[item], f"{path}: ")
+    return lines
+
+
+def _item_damage(path: Path, digests: Mapping[str, int]) -> list[str]:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    stored = _metadata(path)
+    lines = [f"{path}: no {name}" for name in sorted(digests.keys() - stored.keys())]
+    batch: Arrays = {}
+    last = next(reversed(stored), "")
+    for name, x in stored.items():
+        batch[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())
+        if size > READ_BYTES or name == last:
+            lines += broken_arrays(_load(path, batch, stored), digests, f"{path}: ")
+            batch = {}
     return lines
 
 
@@ -222,8 +236,11 @@ def _load(path: Path, wanted: Arrays, stored: Arrays) -> Arrays:
         name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
         for name, x in wanted.items()
     }
+    context = ocp.Context()
+    context.pytree.loading.partial_load = abstract.keys() != stored.keys()
     try:
-        return ocp.load(path.absolute(), abstract)
+        with context:
+            return ocp.load(path.absolute(), abstract)
     except (ValueError, OSError) as error:
         raise unreadable(path, error) from error
 

@@ -5,12 +5,12 @@ have, copied from the base as `geo_branch.FROM_BASE` says, or drawn. Names, shap
 types are checked by the files' headers.
 """
 
-import copy
 import dataclasses
+import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ class NetworkPlan:
     """One network of the bundle: what it is and how each of its arrays is made.
 
     `read` names the parameters that the source holds; `copied` maps those that begin as
-    another of the same network; `drawn` holds one layer of each of the others. `rows`
+    another of the same network; `drawn` names the others. `rows`
     are the lines of the table: (title, prefix of the parameters, expected count).
     """
 
@@ -78,7 +78,7 @@ class NetworkPlan:
     naming: str
     read: Mapping[str, TorchName]
     copied: Mapping[str, str]
-    drawn: Mapping[str, np.ndarray]
+    drawn: tuple[str, ...]
     rows: tuple[tuple[str, str, int], ...]
 
     def make(self, item: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -101,7 +101,7 @@ class NetworkPlan:
                 elif ours in self.copied:
                     x = made[self.copied[ours]][: wanted.shape[0]]
                 else:
-                    x = self.drawn[ours]
+                    x = _draw(json.dumps(self.description), self.drawn)[ours]
                 x = np.ascontiguousarray(x, dtype=wanted.dtype)
                 assert x.shape == wanted.shape, ours
                 if self.copied and not ours.startswith("branches."):
@@ -225,7 +225,7 @@ def _plan(
         GEO + ours: theirs for ours, theirs in FROM_BASE.items() if GEO not in held
     }
     copied = {ours: theirs for ours, theirs in copied.items() if ours in variables}
-    missing = [n for n in variables if n not in read and n not in copied]
+    missing = tuple(n for n in variables if n not in read and n not in copied)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         ours: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
@@ -239,18 +239,19 @@ def _plan(
         naming,
         read,
         copied,
-        _draw(description, missing) if missing else {},
+        missing,
         rows,
     )
 
 
-def _draw(description: Description, names: list[str]) -> dict[str, np.ndarray]:
+@functools.lru_cache(maxsize=1)
+def _draw(description: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Draw one layer of some parameters of a new model, the others are never made.
 
     In float32, whatever they are stored in. All layers get the same: what is stacked
     here (the zero output projections, the norm of keys) starts as a constant.
     """
-    small: dict[str, Any] = copy.deepcopy(description)
+    small = json.loads(description)
     small["config"] |= {"num_layers": 1, "param_dtype": "float32"}
 
     def draw():
