@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from synthetic_wan import CLIP, DIT, VAE
 
 from cityrag_jax import checkpoint
+from cityrag_jax.batch import Conditions
 from cityrag_jax.checkpoint import latest_model, load_bundle, new_model, parameters
 from cityrag_jax.checkpoint.items import write_item
 from cityrag_jax.convert import (
@@ -151,6 +152,34 @@ def test_every_network_is_what_the_plain_loaders_read(official, converted):
     assert_same(parameters(vae), parameters(load(converted, "vae")))
     clip = load_clip_vision(official / synthetic_wan.CLIP_FILE, CLIP)
     assert_same(parameters(clip), parameters(load(converted, "clip")))
+
+
+def test_a_converted_transformer_computes_what_the_plain_one_does(official, converted):
+    """New branches add exactly nothing, whatever their conditions are."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shape = (1, 3, 4, 4)
+    latents = jax.random.normal(keys[0], (*shape, 36))
+    text = jax.random.normal(keys[1], (1, 7, 24))
+    image = jax.random.normal(keys[2], (1, 257, 80))
+    conditions = Conditions(
+        text=text,
+        first_frame=latents[..., 16:],
+        geo_latents=jax.random.normal(keys[3], (*shape, 16)),
+        geo_length=jnp.array([3]),
+        keep_geo=jnp.ones(1),
+        poses=jax.random.normal(keys[4], (1, 9, 4, 4)),
+        keep_pose=jnp.ones(1),
+    )
+
+    @jax.jit
+    def run(model):
+        prepared = model.prepare(conditions)
+        return model(latents, jnp.array([500.0]), text, image, prepared)
+
+    model = load(converted, "transformer", dtype=jnp.float32)
+    wanted = run(load_dit(official, DIT))
+    # Two programs: sums may be taken in another order.
+    np.testing.assert_allclose(run(model), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_bundle_describes_itself(official, converted):

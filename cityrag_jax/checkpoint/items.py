@@ -6,6 +6,7 @@ on. Reading goes item by item straight onto the shards, so that neither host nor
 ever holds more than the result and one item.
 """
 
+import ctypes
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -32,8 +33,7 @@ REST = "rest"
 DIGESTS = "digests.json"
 READ_BYTES = 256 * 2**20  # of a checksum's batch
 # A process reads the chunks that its shards touch. tensorstore copies what it cuts into
-# chunks, and keeps the memory: of a large item (a block of 14B in float32) only the
-# largest arrays are cut.
+# chunks: of a large item (a block of 14B in float32) only the largest arrays are cut.
 CHUNK_BYTES = 16 * 2**20
 LARGE_ITEM_BYTES, LARGE_CHUNK_BYTES = 1280 * 2**20, 128 * 2**20
 
@@ -74,6 +74,7 @@ def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str
     committed = path / "commit_success.txt"
     if committed.exists():
         committed.write_text("Checkpoint commit was successful")
+    _give_back_memory()
     return digest_arrays(arrays)
 
 
@@ -146,7 +147,15 @@ def _item_damage(path: Path, digests: Mapping[str, int]) -> list[str]:
         if size > READ_BYTES or name == last:
             lines += broken_arrays(_load(path, batch, stored), digests, f"{path}: ")
             batch = {}
+            _give_back_memory()
     return lines
+
+
+def _give_back_memory() -> None:
+    """Return freed buffers to the system; glibc keeps most of them, more each time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def plan_items(wanted: Arrays, stacked: frozenset[str]) -> dict[str, Arrays]:

@@ -30,7 +30,7 @@ from cityrag_jax.checkpoint.bundles import (
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.items import DIGESTS, write_item
-from cityrag_jax.convert.plan import BRANCH_TENSORS, PLANNERS, NetworkPlan, _part
+from cityrag_jax.convert.plan import BRANCH_TENSORS, PLANNERS, NetworkPlan, branch_of
 from cityrag_jax.convert.prompt import encode_prompts, find_text_encoder
 from cityrag_jax.convert.source import WanFolder, open_folder
 
@@ -283,7 +283,7 @@ def _row(network, title, prefix, expected, done) -> Row:
     tensors, count, size, crc = 0, 0, 0, 0
     for item, arrays in network.items.items():
         for ours, x in arrays.items():
-            if _part(ours) != prefix:
+            if branch_of(ours) != prefix:
                 continue
             if ours in network.read:
                 tensors += len(network.sources(item, ours))

@@ -206,7 +206,7 @@ def _plan(
         ".".join(map(str, path)): variable
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-    read = {ours: table(ours) for ours in variables if _part(ours) in held}
+    read = {ours: table(ours) for ours in variables if branch_of(ours) in held}
     reader = AliasedReader(files, alias)
     problems, naming = [], "official"
     try:
@@ -262,7 +262,7 @@ def _draw(description: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in jax.jit(draw)().items()}
 
 
-def _part(ours: str) -> str:
+def branch_of(ours: str) -> str:
     """Give the prefix of a branch's parameters, "" for the base's."""
     return next((prefix for prefix in BRANCH_TENSORS if ours.startswith(prefix)), "")
 
