@@ -574,9 +574,9 @@ def test_the_published_autoencoder_is_recognised_by_its_shapes(tmp_path):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """Two transformers of 65 MB a block in float32: 2 blocks and 10."""
+    """Two transformers of 65 MB a block in float32: 4 blocks and 12."""
     folder = tmp_path_factory.mktemp("deep")
-    for layers in (2, 10):
+    for layers in (4, 12):
         sizes = dict(dim=1024, num_heads=8, ffn_dim=2816, num_layers=layers)
         config = DiTConfig.i2v_14b(**sizes)
         path = folder / str(layers)
@@ -608,19 +608,20 @@ def peak_anonymous_bytes(process):
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_layers(deep):
-    """Eight more blocks of 65 MB; a margin of two for what allocators keep."""
-    peaks = {
-        n: peak_anonymous_bytes(start(deep / n, deep / f"out{n}"))
-        for n in "2 10".split()
-    }
-    assert peaks["10"] < peaks["2"] + 130e6, peaks
+    """Eight more blocks are 520 MB; allocators and tensorstore's cache (100 MB) keep
+    some of what they had: 60 MB from 5 blocks to 10, 40 MB from 10 to 20."""
+    few, many = (
+        peak_anonymous_bytes(start(deep / layers, deep / f"out{layers}"))
+        for layers in ("4", "12")
+    )
+    assert many < few + 200e6
 
 
 @pytest.mark.long
 def test_a_conversion_killed_at_any_moment_goes_on(deep):
     out, record = deep / "out", deep / ".out.partial" / "progress.json"
     for wanted in (1, 5):
-        process = start(deep / "10", out)
+        process = start(deep / "12", out)
         while (
             not record.exists() or len(json.loads(record.read_text())["done"]) < wanted
         ):
@@ -630,7 +631,7 @@ def test_a_conversion_killed_at_any_moment_goes_on(deep):
         process.wait()
     first = deep / ".out.partial" / "transformer" / "rest" / "state" / "manifest.ocdbt"
     written = first.stat().st_mtime_ns
-    assert start(deep / "10", out).wait() == 0
+    assert start(deep / "12", out).wait() == 0
     assert (
         out / first.relative_to(deep / ".out.partial")
     ).stat().st_mtime_ns == written
