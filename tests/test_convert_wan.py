@@ -198,6 +198,7 @@ def test_a_bundle_describes_itself(official, converted):
             assert str(official.parent).encode() not in path.read_bytes(), path
 
 
+@pytest.mark.long
 def test_branches_start_as_training_would_start_them(converted):
     """Drawn from the seed, then the geo branch copied from the base."""
     bundle = load_bundle(converted)
@@ -214,6 +215,7 @@ def test_branches_start_as_training_would_start_them(converted):
     assert not np.any(parameters(model)["branches.1.layers.attention.o.kernel"])
 
 
+@pytest.mark.long
 def test_both_layouts_and_types_convert_to_the_same(official, converted, tmp_path):
     """Exported to diffusers' names and back; as bfloat16 everything is rounded once."""
     source = tmp_path / "w"
