@@ -25,6 +25,7 @@ import synthetic_wan
 import torch
 from safetensors.numpy import load_file, save_file
 from synthetic_wan import CLIP, DIT, VAE
+from test_tokenizer import train_tokenizer
 
 from cityrag_jax import checkpoint
 from cityrag_jax.batch import Conditions
@@ -38,6 +39,7 @@ from cityrag_jax.convert import (
     load_vae,
 )
 from cityrag_jax.convert.files import CheckpointReader
+from cityrag_jax.convert.prompt import encode_prompts
 from cityrag_jax.convert.source import read_vae_config
 from cityrag_jax.model.dit import DiTConfig
 from cityrag_jax.model.geo_branch import copy_from_base
@@ -47,6 +49,7 @@ from cityrag_jax.parallel import make_mesh
 NETWORKS = "transformer,vae,clip"
 ONE = ("--parts=transformer",)
 TOOL = Path(__file__).parents[1] / "tools" / "convert_wan.py"
+UMT5 = Path(__file__).parent / "golden" / "umt5_tiny.safetensors"
 
 
 def _import_tool():
@@ -115,7 +118,7 @@ def test_a_pickle_that_is_cut_or_holds_other_things_is_refused(tmp_path):
 
 
 def convert(source, out, *options):
-    """Run the tool in this process; the text encoder has tests of its own."""
+    """Run the tool in this process, without the text encoder unless asked."""
     parts = [] if any("--parts" in o for o in options) else ["--parts=" + NETWORKS]
     return tool.main([f"--source={source}", f"--out={out}", *parts, *options])
 
@@ -542,26 +545,56 @@ def test_a_disk_that_fills_up_leaves_no_output_and_can_go_on(
     assert convert(official, tmp_path / "out", *ONE, "--check") == 0
 
 
-def test_texts_are_encoded_from_the_source_and_stored(official, tmp_path, monkeypatch):
-    """The paper's prompt and the empty one; the encoder has tests of its own."""
-    asked = []
+@pytest.fixture(scope="module")
+def with_text(tmp_path_factory):
+    """A text-to-video checkpoint with its text encoder and tokeniser."""
+    folder = tmp_path_factory.mktemp("with_text") / "wan"
+    config = dataclasses.replace(synthetic_wan.T2V, text_dim=48)
+    synthetic_wan.write_official(folder, config)
+    train_tokenizer(folder / "google" / "umt5-xxl", vocab_size=110)
+    tensors = {name: torch.from_numpy(x) for name, x in load_file(UMT5).items()}
+    torch.save(tensors, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    return folder
 
-    def encode(source, prompts):
-        asked.extend([source, *prompts])
-        return [np.full((len(p) + 1, 24), 2.0, np.float32) for p in prompts]
 
-    monkeypatch.setattr(bundle, "encode_prompts", encode)
-    monkeypatch.setattr(bundle, "find_text_encoder", lambda source: (source, source))
-    assert convert(official, tmp_path / "out", "--parts=vae,text") == 0
-    assert asked == [official, bundle.PROMPT, ""]
+def test_a_whole_folder_comes_across_with_its_prompts(with_text, tmp_path, capsys):
+    """The paper's prompt and the empty one, by the folder's own text encoder."""
+    options = [f"--source={with_text}", f"--out={tmp_path / 'out'}"]
+    assert tool.main(options) == 0
+    printed = capsys.readouterr().out
     loaded = load_bundle(tmp_path / "out")
-    assert loaded.text.shape == (len(bundle.PROMPT) + 1, 24)
-    assert loaded.negative_text.shape == (1, 24)
+    expected = encode_prompts(with_text, [bundle.PROMPT, ""])
+    assert set(loaded.modules) == {"transformer", "vae"}
+    np.testing.assert_array_equal(loaded.text, expected[0])
+    np.testing.assert_array_equal(loaded.negative_text, expected[1])
+    assert len(loaded.negative_text) == 1
+    assert f"prompt: {len(loaded.text)} rows of 48" in printed
     assert bundle.PROMPT.startswith(
         "A photorealistic, cinematic video of a city street"
     )
-    missing = convert(official, tmp_path / "other", "--parts=vae,text,sound")
-    assert missing == 2
+
+
+def test_a_prompt_of_ones_own_is_encoded_instead(with_text, tmp_path):
+    prompt = "a street in the rain"
+    assert (
+        convert(with_text, tmp_path / "out", "--parts=text", f"--prompt={prompt}") == 0
+    )
+    loaded = load_bundle(tmp_path / "out")
+    np.testing.assert_array_equal(loaded.text, encode_prompts(with_text, [prompt])[0])
+
+
+def test_a_text_encoder_of_another_width_is_refused(
+    with_text, official, tmp_path, capsys
+):
+    mixed = shutil.copytree(official, tmp_path / "mixed")
+    shutil.copytree(with_text / "google", mixed / "google")
+    file = "models_t5_umt5-xxl-enc-bf16.pth"
+    shutil.copy(with_text / file, mixed / file)
+    assert convert(mixed, tmp_path / "out", "--parts=transformer,text") == 2
+    assert "features of 48, the transformer takes 24" in capsys.readouterr().err
+    assert convert(mixed, tmp_path / "out", "--parts=vae,text,sound") == 2
+    assert "--parts=sound is none of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_published_autoencoder_is_recognised_by_its_shapes(tmp_path):

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from cityrag_jax.checkpoint import verify_bundle
+from cityrag_jax.checkpoint import load_bundle, verify_bundle
 from cityrag_jax.convert.bundle import (
     PARTS,
     PROMPT,
@@ -67,6 +68,8 @@ def _run(given: argparse.Namespace) -> None:
         print("Names, shapes and types fit. Nothing was written.")
         return
     print_table(convert(plan))
+    for name, rows in prompts(given.out).items():
+        print(f"{name}: {rows.shape[0]} rows of {rows.shape[1]}")
     print(f"{given.out}: done.")
     if given.check:
         verify_bundle(given.out)
@@ -75,6 +78,13 @@ def _run(given: argparse.Namespace) -> None:
 
 def _same(source: Path | None, out: Path) -> bool:
     return source is not None and source.resolve() == out.resolve()
+
+
+def prompts(out: Path) -> dict[str, np.ndarray]:
+    """Read the prompts' rows that a bundle holds."""
+    bundle = load_bundle(out)
+    found = {"prompt": bundle.text, "empty prompt": bundle.negative_text}
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -31,7 +31,11 @@ from cityrag_jax.checkpoint.bundles import (
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.items import DIGESTS, write_item
 from cityrag_jax.convert.plan import BRANCH_TENSORS, PLANNERS, NetworkPlan, branch_of
-from cityrag_jax.convert.prompt import encode_prompts, find_text_encoder
+from cityrag_jax.convert.prompt import (
+    encode_prompts,
+    find_text_encoder,
+    read_text_config,
+)
 from cityrag_jax.convert.source import WanFolder, open_folder
 
 # The fixed prompt of the paper (appendix A), verbatim.
@@ -110,13 +114,25 @@ def plan_conversion(
             if part in wanted and part in PLANNERS:
                 networks.append(PLANNERS[part](folder, np.dtype(dtype)))
             elif part in wanted:
-                find_text_encoder(source)
+                _check_text_encoder(source, networks)
         except ValueError as error:
             problems.append(f"{part}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
     name = np.dtype(dtype).name
     return Conversion(folder, out, name, prompt, "text" in wanted, tuple(networks))
+
+
+def _check_text_encoder(source: Path, networks: Sequence[NetworkPlan]) -> None:
+    weights, _ = find_text_encoder(source)
+    width = read_text_config(weights).dim
+    for network in networks:
+        wanted = network.description["config"].get("text_dim", width)
+        if wanted != width:
+            raise ValueError(
+                f"{weights} gives features of {width}, the {network.name} takes "
+                f"{wanted}; they are not of the same checkpoint."
+            )
 
 
 def convert(plan: Conversion) -> list[Row]:

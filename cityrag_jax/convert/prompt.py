@@ -105,6 +105,11 @@ def find_text_encoder(source: str | Path) -> tuple[Path, Path]:
     return weights, tokenizer
 
 
+def read_text_config(weights: Path) -> UMT5Config:
+    """Read the sizes of a text encoder off the shapes of its tensors."""
+    return _read_config(_reader(weights))[0]
+
+
 def _reader(weights):
     return AliasedReader(CheckpointReader(weights), umt5_alias)
 
