@@ -118,6 +118,7 @@ def test_weights_are_small_and_those_of_the_config():
     assert 9e6 < total < 11e6
 
 
+@pytest.mark.long
 def test_unseen_clips_are_best_with_their_own_condition(scores):
     """Fails if the geo branch is ignored: all three would then be equal."""
     own = scores[FULL]["PSNR"]
@@ -125,6 +126,7 @@ def test_unseen_clips_are_best_with_their_own_condition(scores):
     assert own > scores[ELSEWHERE]["PSNR"], scores
 
 
+@pytest.mark.long
 def test_the_autoencoder_holds_to_the_end_of_a_clip(scores):
     """Trained on short windows it would drift: 14 dB behind frame 8 was once seen."""
     ceiling = scores[CEILING]
