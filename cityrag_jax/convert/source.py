@@ -7,7 +7,6 @@ for the transformer. Sizes come from config.json and from the shapes of tensors.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from cityrag_jax.checkpoint.files import read_json
 from cityrag_jax.convert.files import INDEX_SUFFIX, STEM, CheckpointReader
 from cityrag_jax.model.clip_vision import CLIPVisionConfig
 from cityrag_jax.model.dit import DiTConfig
@@ -249,13 +249,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path.parent} is something else than published Wan weights: it has no "
             f"{path.name}. Give the folder as it was fetched."
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch it again.")
-    return config
+    return read_json(path)
 
 
 def _shards(path: Path) -> Path:

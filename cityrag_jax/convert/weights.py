@@ -45,12 +45,7 @@ def load_dit(
     `dtype`; with a mesh the parameters lie on it as `parallel.py` says. Raises
     ValueError naming every tensor that is missing, unexpected or of a wrong shape.
     """
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-
-    def build() -> WanDiT:
-        return WanDiT(config, rngs=nnx.Rngs(0))
-
-    return _load(path, build, dit_name, mesh, dit_alias)
+    return _load(path, _builder(WanDiT, config, dtype), dit_name, mesh, dit_alias)
 
 
 def load_vae(
@@ -61,12 +56,9 @@ def load_vae(
     mesh: Mesh | None = None,
 ) -> WanVAE:
     """Load a Wan autoencoder as `load_dit` loads a transformer."""
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-
-    def build() -> WanVAE:
-        return WanVAE(config, rngs=nnx.Rngs(0))
-
-    return _load(path, build, vae_names(config.num_res_blocks), mesh)
+    return _load(
+        path, _builder(WanVAE, config, dtype), vae_names(config.num_res_blocks), mesh
+    )
 
 
 def load_umt5(
@@ -80,12 +72,9 @@ def load_umt5(
 
     Official naming or transformers', whose embedding has one of two names or both.
     """
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-
-    def build() -> UMT5Encoder:
-        return UMT5Encoder(config, rngs=nnx.Rngs(0))
-
-    return _load(path, build, umt5_name, mesh, umt5_alias)
+    return _load(
+        path, _builder(UMT5Encoder, config, dtype), umt5_name, mesh, umt5_alias
+    )
 
 
 def load_clip_vision(
@@ -100,13 +89,14 @@ def load_clip_vision(
     Official naming or transformers'; what Wan does not use (the text tower, the last
     block, what follows it) is left in the file and may be absent.
     """
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-
-    def build() -> CLIPVision:
-        return CLIPVision(config, rngs=nnx.Rngs(0))
-
     table = clip_names(config.patch_size)
-    return _load(path, build, table, mesh, clip_alias(config.num_layers))
+    return _load(
+        path,
+        _builder(CLIPVision, config, dtype),
+        table,
+        mesh,
+        clip_alias(config.num_layers),
+    )
 
 
 class AliasedReader:
@@ -137,6 +127,12 @@ class AliasedReader:
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Read some rows of a tensor."""
         return self._reader.read_rows(self._name[name], rows)
+
+
+def _builder(model_class, config, dtype):
+    """Give the function that builds a module whose parameters and linears are dtype."""
+    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    return lambda: model_class(config, rngs=nnx.Rngs(0))
 
 
 def _load(path, build, table, mesh, alias=same_name):
