@@ -106,6 +106,10 @@ def read_arrays(
             layer = int(item.rpartition("_")[2])
             some = {name: stacks[name] for name in arrays}
             stacks |= _insert(some, arrays, layer)
+        # Left to run ahead, host copies of many items wait for their transfer.
+        jax.block_until_ready((result, stacks))
+        del arrays
+        _give_back_memory()
     raise_damaged(broken, sum(map(len, plan.values())), folder)
     result |= stacks
     for name, x in wanted.items():
