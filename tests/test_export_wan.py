@@ -24,11 +24,12 @@ from cityrag_jax.checkpoint import (
     Bundle,
     TrainingCheckpoints,
     describe,
+    items,
     parameters,
     save_bundle,
     stacked_parameters,
 )
-from cityrag_jax.convert import export_checkpoint, load_dit, names, stored
+from cityrag_jax.convert import export_checkpoint, load_dit, names
 from cityrag_jax.convert.names import NAMINGS, transformer_names
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
@@ -225,7 +226,7 @@ def test_shards_change_nothing_and_everything_is_read_once(
         return load(path, wanted)
 
     monkeypatch.setattr(ocp, "load", counted)
-    monkeypatch.setattr(stored, "GROUP_BYTES", 20_000)
+    monkeypatch.setattr(items, "READ_BYTES", 20_000)
     export_checkpoint(bundle, tmp_path / "out", max_shard_bytes=100_000)
     assert len(asked) == len(set(asked))
     assert {item for item, _ in asked} == {"rest", "block_000", "block_001"}

@@ -9,7 +9,7 @@ ever holds more than the result and one item.
 import ctypes
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -31,7 +31,7 @@ from cityrag_jax.checkpoint.files import read_json, write_json
 
 REST = "rest"
 DIGESTS = "digests.json"
-READ_BYTES = 256 * 2**20  # of a checksum's batch
+READ_BYTES = 256 * 2**20  # of arrays that are read together into the host's memory
 # A process reads the chunks that its shards touch. tensorstore copies what it cuts into
 # chunks: of a large item (a block of 14B in float32) only the largest arrays are cut.
 CHUNK_BYTES = 16 * 2**20
@@ -91,7 +91,7 @@ def read_arrays(
     arrays whose checksum does not fit.
     """
     plan = plan_items(wanted, stacked)
-    stored = {item.name: _metadata(item) for item in _item_folders(folder)}
+    stored = {item.name: item_arrays(item) for item in _item_folders(folder)}
     compare_names(_by_layer(plan), _by_layer(stored), folder)
     digests = read_json(folder / DIGESTS) if verify else {}
     stacks = _zeros({n: x for n, x in wanted.items() if is_stacked(n, stacked)})
@@ -140,19 +140,25 @@ def find_damage(folder: Path) -> list[str]:
 
 
 def _item_damage(path: Path, digests: Mapping[str, int]) -> list[str]:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    stored = _metadata(path)
+    stored = item_arrays(path)
     lines = [f"{path}: no {name}" for name in sorted(digests.keys() - stored.keys())]
-    batch: Arrays = {}
-    last = next(reversed(stored), "")
-    for name, x in stored.items():
-        batch[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())
-        if size > READ_BYTES or name == last:
-            lines += broken_arrays(_load(path, batch, stored), digests, f"{path}: ")
-            batch = {}
-            _give_back_memory()
+    for some in groups(stored):
+        lines += broken_arrays(read_some(path, some, stored), digests, f"{path}: ")
+        _give_back_memory()
     return lines
+
+
+def groups(arrays: Arrays) -> list[Arrays]:
+    """Cut arrays, in order, where they become large: each reading has its price."""
+    found, size = [{}], 0
+    for name, x in arrays.items():
+        num_bytes = math.prod(x.shape) * x.dtype.itemsize
+        if found[-1] and size + num_bytes > READ_BYTES:
+            found.append({})
+            size = 0
+        found[-1][name] = x
+        size += num_bytes
+    return found
 
 
 def _give_back_memory() -> None:
@@ -236,11 +242,24 @@ def _by_layer(items: Mapping[str, Arrays]) -> Arrays:
     }
 
 
-def _metadata(path: Path) -> Arrays:
+def item_arrays(path: Path) -> Arrays:
+    """Give shape and type of every array of an item."""
     try:
         return dict(ocp.metadata(path.absolute()).metadata)
     except Exception as error:  # Orbax and tensorstore raise many kinds
         raise unreadable(path, error) from error
+
+
+def read_some(path: Path, some: Collection[str], stored: Arrays) -> Arrays:
+    """Read some of an item's arrays, as they are stored, into the host's memory."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            stored[name].shape, stored[name].dtype, sharding=host
+        )
+        for name in some
+    }
+    return _load(path, shapes, stored)
 
 
 def _load(path: Path, wanted: Arrays, stored: Arrays) -> Arrays:

@@ -106,7 +106,7 @@ def export_checkpoint(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another --out.")
     bundle = latest_model(checkpoint)
-    if NAME not in set(bundle.modules):  # its own `in` would read the module
+    if NAME not in bundle.modules:
         raise ValueError(
             f"{checkpoint} holds {', '.join(sorted(bundle.modules)) or 'nothing'}, no "
             "transformer; give a bundle or the workdir of a transformer's training."

@@ -5,13 +5,11 @@ its digest.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from cityrag_jax.checkpoint import (
     Arrays,
@@ -22,12 +20,18 @@ from cityrag_jax.checkpoint import (
     stacked_parameters,
 )
 from cityrag_jax.checkpoint.bundles import abstract_parameters
-from cityrag_jax.checkpoint.digests import check_digests, compare_names, unreadable
+from cityrag_jax.checkpoint.digests import check_digests, compare_names
 from cityrag_jax.checkpoint.files import read_json
-from cityrag_jax.checkpoint.items import DIGESTS, REST, block_name, plan_items
+from cityrag_jax.checkpoint.items import (
+    DIGESTS,
+    REST,
+    block_name,
+    groups,
+    item_arrays,
+    plan_items,
+    read_some,
+)
 from cityrag_jax.model.dit import WanDiT
-
-GROUP_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
     """Read some arrays of an item at a time; names and shapes are checked before."""
     wanted = abstract_parameters(model, parameter_shardings(model, None))
     plan = plan_items(wanted, stacked_parameters(model))
-    stored = {item: _stored_arrays(folder / item) for item in plan}
+    stored = {item: item_arrays(folder / item) for item in plan}
     compare_names(_flat(plan), _flat(stored), folder)
     digests = read_json(folder / DIGESTS)
     first = stored.get(REST, {}) | stored.get(block_name(0), {})
@@ -74,19 +78,17 @@ def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
         name: jax.ShapeDtypeStruct(x.shape, first[name].dtype)
         for name, x in wanted.items()
     }
-
-    groups = {item: _group(plan[item]) for item in plan}
+    together = {item: groups(plan[item]) for item in plan}
     held: dict[tuple[str, str], np.ndarray] = {}  # of the item and the group read last
 
     def read(name: str, layer: int | None) -> np.ndarray:
         item = REST if layer is None else block_name(layer)
         if (item, name) not in held:
             held.clear()  # before the next ones come
-            names = next(group for group in groups[item] if name in group)
-            some = {n: stored[item][n] for n in names}
-            values = _read_arrays(folder / item, some)
+            some = next(group for group in together[item] if name in group)
+            values = read_some(folder / item, some, stored[item])
             check_digests(values, digests.get(item, {}), folder / item)
-            held.update({(item, n): x for n, x in values.items()})
+            held.update({(item, n): np.asarray(x) for n, x in values.items()})
         return held[item, name]
 
     return StoredParameters(arrays, read)
@@ -94,40 +96,3 @@ def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
 
 def _flat(items: dict[str, Arrays]) -> Arrays:
     return {f"{item}/{name}": x for item in items for name, x in items[item].items()}
-
-
-def _stored_arrays(path: Path) -> Arrays:
-    try:
-        return dict(ocp.metadata(path.absolute()).metadata)
-    except Exception as error:  # Orbax and tensorstore raise many kinds
-        raise unreadable(path, error) from error
-
-
-def _group(arrays: Arrays) -> list[list[str]]:
-    """Cut names, in order, where the arrays become large: each load has its price."""
-    groups, size = [[]], 0
-    for name, x in arrays.items():
-        num_bytes = math.prod(x.shape) * x.dtype.itemsize
-        if groups[-1] and size + num_bytes > GROUP_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += num_bytes
-    return groups
-
-
-def _read_arrays(path: Path, stored: Arrays) -> dict[str, np.ndarray]:
-    """Read some arrays of an item in their stored types."""
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
-        for name, x in stored.items()
-    }
-    some = ocp.Context()
-    some.pytree.loading.partial_load = True
-    try:
-        with some:
-            arrays = ocp.load(path.absolute(), shapes)
-    except (ValueError, OSError) as error:
-        raise unreadable(path, error) from error
-    return {name: np.asarray(x) for name, x in arrays.items()}
