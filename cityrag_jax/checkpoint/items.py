@@ -32,10 +32,9 @@ from cityrag_jax.checkpoint.files import read_json, write_json
 REST = "rest"
 DIGESTS = "digests.json"
 READ_BYTES = 256 * 2**20  # of arrays that are read together into the host's memory
-# A process reads the chunks that its shards touch. tensorstore copies what it cuts into
-# chunks: of a large item (a block of 14B in float32) only the largest arrays are cut.
-CHUNK_BYTES = 16 * 2**20
-LARGE_ITEM_BYTES, LARGE_CHUNK_BYTES = 1280 * 2**20, 128 * 2**20
+CHUNK_BYTES = 16 * 2**20  # a process reads the chunks that its shards touch
+# Arrays that are written at a time: tensorstore copies what it cuts into chunks.
+WRITE_BYTES = 512 * 2**20
 
 
 def block_name(layer: int) -> str:
@@ -60,12 +59,12 @@ def write_arrays(
 
 
 def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str, int]:
-    """Write one item and give its digests; NumPy arrays are not copied."""
+    """Write one item, whose arrays are JAX's, and give its digests."""
     context = ocp.Context()
     context.array.saving.use_compression = compress
-    large = sum(x.nbytes for x in arrays.values()) > LARGE_ITEM_BYTES
-    chunk = LARGE_CHUNK_BYTES if large else CHUNK_BYTES
-    context.array.saving.storage_options.chunk_byte_size = chunk
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    largest = max(x.nbytes for x in arrays.values())  # Orbax wants more than that
+    context.memory.write_concurrent_bytes = max(WRITE_BYTES, largest + 1)
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     context.memory.deepcopy_host_arrays = False  # nobody writes to them meanwhile
     with context:
@@ -252,14 +251,22 @@ def item_arrays(path: Path) -> Arrays:
 
 def read_some(path: Path, some: Collection[str], stored: Arrays) -> Arrays:
     """Read some of an item's arrays, as they are stored, into the host's memory."""
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    host = _host()
     shapes = {
-        name: jax.ShapeDtypeStruct(
-            stored[name].shape, stored[name].dtype, sharding=host
-        )
-        for name in some
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
+        for name, x in stored.items()
+        if name in some
     }
     return _load(path, shapes, stored)
+
+
+def on_host(x: np.ndarray) -> jax.Array:
+    """Make an array JAX's: only of those does Orbax limit how many it writes."""
+    return jax.device_put(x, _host())
+
+
+def _host() -> Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
 
 def _load(path: Path, wanted: Arrays, stored: Arrays) -> Arrays:

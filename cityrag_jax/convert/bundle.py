@@ -29,7 +29,7 @@ from cityrag_jax.checkpoint.bundles import (
     write_texts,
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
-from cityrag_jax.checkpoint.items import DIGESTS, write_item
+from cityrag_jax.checkpoint.items import DIGESTS, on_host, write_item
 from cityrag_jax.convert.plan import BRANCH_TENSORS, PLANNERS, NetworkPlan, branch_of
 from cityrag_jax.convert.prompt import (
     encode_prompts,
@@ -235,7 +235,7 @@ class _Work:
                 names = network.sources(item, ours) or (ours,)
                 self.broken += [n for n in names if n not in self.broken]
             if not self.broken:
-                arrays[ours] = x
+                arrays[ours] = on_host(x)
             bar.update(x.nbytes)
         if self.broken:  # go on looking for more, but write no longer
             return
