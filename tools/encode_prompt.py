@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from cityrag_jax.convert.prompt import encode_prompts
@@ -40,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
     main()

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax
+
 from cityrag_jax.convert.export import Part, export_checkpoint
 from cityrag_jax.convert.names import NAMINGS
 
@@ -71,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
     main()

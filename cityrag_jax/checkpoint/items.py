@@ -6,7 +6,6 @@ on. Reading goes item by item straight onto the shards, so that neither host nor
 ever holds more than the result and one item.
 """
 
-import ctypes
 import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
+from cityrag_jax.checkpoint import memory
 from cityrag_jax.checkpoint.descriptions import Arrays
 from cityrag_jax.checkpoint.digests import (
     broken_arrays,
@@ -34,7 +34,7 @@ DIGESTS = "digests.json"
 READ_BYTES = 256 * 2**20  # of arrays that are read together into the host's memory
 CHUNK_BYTES = 16 * 2**20  # a process reads the chunks that its shards touch
 # Arrays that are written at a time: tensorstore copies what it cuts into chunks.
-WRITE_BYTES = 512 * 2**20
+WRITE_BYTES = 256 * 2**20
 
 
 def block_name(layer: int) -> str:
@@ -73,7 +73,7 @@ def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str
     committed = path / "commit_success.txt"
     if committed.exists():
         committed.write_text("Checkpoint commit was successful")
-    _give_back_memory()
+    memory.give_back()
     return digest_arrays(arrays)
 
 
@@ -108,7 +108,7 @@ def read_arrays(
         # Left to run ahead, host copies of many items wait for their transfer.
         jax.block_until_ready((result, stacks))
         del arrays
-        _give_back_memory()
+        memory.give_back()
     raise_damaged(broken, sum(map(len, plan.values())), folder)
     result |= stacks
     for name, x in wanted.items():
@@ -143,7 +143,7 @@ def _item_damage(path: Path, digests: Mapping[str, int]) -> list[str]:
     lines = [f"{path}: no {name}" for name in sorted(digests.keys() - stored.keys())]
     for some in groups(stored):
         lines += broken_arrays(read_some(path, some, stored), digests, f"{path}: ")
-        _give_back_memory()
+        memory.give_back()
     return lines
 
 
@@ -158,13 +158,6 @@ def groups(arrays: Arrays) -> list[Arrays]:
         found[-1][name] = x
         size += num_bytes
     return found
-
-
-def _give_back_memory() -> None:
-    """Return freed buffers to the system; glibc keeps most of them, more each time."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def plan_items(wanted: Arrays, stacked: frozenset[str]) -> dict[str, Arrays]:

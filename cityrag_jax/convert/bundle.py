@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from cityrag_jax.checkpoint import memory
 from cityrag_jax.checkpoint.bundles import (
     CONFIG,
     TEXTS,
@@ -219,6 +220,7 @@ class _Work:
         except ValueError:
             self._discard()
             raise
+        memory.give_back()
         write_texts(self.folder, *rows)
         digests = {n: zlib.crc32(x.tobytes()) for n, x in zip(TEXTS, rows, strict=True)}
         self.done["texts"] = digests
