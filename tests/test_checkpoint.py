@@ -96,6 +96,16 @@ def test_every_layer_is_an_item_and_what_is_not_stacked_another(model, tmp_path)
     assert "blocks.ffn.fc1.kernel" not in digests["rest"]
 
 
+def test_arrays_larger_than_what_is_written_at_a_time(model, tmp_path, monkeypatch):
+    largest = max(x.nbytes for x in parameters(model).values())
+    for limit in (1, largest, 2 * largest):
+        monkeypatch.setattr(checkpoint.items, "WRITE_BYTES", limit)
+        monkeypatch.setattr(checkpoint.items, "CHUNK_BYTES", 1024)
+        save(tmp_path / str(limit), model)
+        loaded = load(tmp_path / str(limit), verify=True)
+        _assert_equal(parameters(model), parameters(loaded))
+
+
 def test_a_bundle_holds_no_name_of_the_folder_it_was_made_in(model, tmp_path):
     """Orbax notes where it committed; shipped weights should not say."""
     save(tmp_path / "m", model)

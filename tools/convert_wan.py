@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from cityrag_jax.checkpoint import load_bundle, verify_bundle
-from cityrag_jax.checkpoint.memory import stay_small
+from cityrag_jax.checkpoint.memory import give_back_at_once
 from cityrag_jax.convert.bundle import (
     PARTS,
     PROMPT,
@@ -103,5 +103,5 @@ def print_table(rows: Sequence[Row]) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    stay_small()
+    give_back_at_once()
     sys.exit(main())

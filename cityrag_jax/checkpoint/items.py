@@ -255,7 +255,7 @@ def read_some(path: Path, some: Collection[str], stored: Arrays) -> Arrays:
 
 def on_host(x: np.ndarray) -> jax.Array:
     """Make an array JAX's: only of those does Orbax limit how many it writes."""
-    return jax.device_put(x, _host())
+    return jax.block_until_ready(jax.device_put(x, _host()))
 
 
 def _host() -> Sharding:

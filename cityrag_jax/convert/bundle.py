@@ -30,7 +30,7 @@ from cityrag_jax.checkpoint.bundles import (
     write_texts,
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
-from cityrag_jax.checkpoint.items import DIGESTS, on_host, write_item
+from cityrag_jax.checkpoint.items import DIGESTS, write_item
 from cityrag_jax.convert.plan import BRANCH_TENSORS, PLANNERS, NetworkPlan, branch_of
 from cityrag_jax.convert.prompt import (
     encode_prompts,
@@ -233,11 +233,11 @@ class _Work:
             return
         arrays = {}
         for ours, x in network.make(item):
-            if not is_finite(x):
+            if not is_finite(np.asarray(x)):
                 names = network.sources(item, ours) or (ours,)
                 self.broken += [n for n in names if n not in self.broken]
             if not self.broken:
-                arrays[ours] = on_host(x)
+                arrays[ours] = x
             bar.update(x.nbytes)
         if self.broken:  # go on looking for more, but write no longer
             return

@@ -27,7 +27,7 @@ from cityrag_jax.checkpoint import (
     parameters,
     stacked_parameters,
 )
-from cityrag_jax.checkpoint.items import REST, plan_items
+from cityrag_jax.checkpoint.items import REST, on_host, plan_items
 from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.convert.names import (
     Alias,
@@ -81,9 +81,10 @@ class NetworkPlan:
     drawn: tuple[str, ...]
     rows: tuple[tuple[str, str, int], ...]
 
-    def make(self, item: str) -> Iterator[tuple[str, np.ndarray]]:
+    def make(self, item: str) -> Iterator[tuple[str, jax.Array]]:
         """Make the arrays of an item one by one, in our axes and their stored type.
 
+        They are JAX's, on the host, for that is how they are written in little memory.
         Those of the source are read some at a time: turning axes takes longest.
         """
         with ThreadPoolExecutor(THREADS) as pool:
@@ -92,18 +93,19 @@ class NetworkPlan:
                 for ours in self.items[item]
                 if ours in self.read
             }
-            made: dict[str, np.ndarray] = {}
+            made: Arrays = {}
             # What is copied shares the memory of what it is copied from.
             for ours in sorted(self.items[item], key=lambda name: name in self.copied):
                 wanted = self.items[item][ours]
                 if ours in read:
-                    x = read.pop(ours).result()
+                    x = on_host(read.pop(ours).result())
                 elif ours in self.copied:
-                    x = made[self.copied[ours]][: wanted.shape[0]]
+                    x = made[self.copied[ours]]
+                    x = x if x.shape == wanted.shape else x[: wanted.shape[0]]
                 else:
-                    x = _draw(json.dumps(self.description), self.drawn)[ours]
-                x = np.ascontiguousarray(x, dtype=wanted.dtype)
-                assert x.shape == wanted.shape, ours
+                    drawn = _draw(json.dumps(self.description), self.drawn)[ours]
+                    x = on_host(np.asarray(drawn, wanted.dtype))
+                assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype), ours
                 if self.copied and not ours.startswith("branches."):
                     made[ours] = x
                 yield ours, x
