@@ -2,7 +2,7 @@
 
     python -m cityrag_jax.generate --config=configs/toy_city.py --checkpoint=DIR \\
         --city=DIR --image=photo.jpg --path=path.geojson --out=DIR
-        [--config.sample.key=value ...] [--seed=0] [--without=geo]
+        [--config.sample.key=value ...] [--seed=0] [--without=geo] [--text=text.npy]
 
 The photo stands at the path's first place and looks along it. The path is a GeoJSON
 LineString or a CSV of latitude, longitude and, if known, height of the camera. OUT will
@@ -10,6 +10,7 @@ hold video.mp4, conditions.mp4 (the retrieved views), overview.png, map.png and
 generate.json with what was used, licences and attributions of the panoramas among it.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,11 +19,11 @@ import jax
 import numpy as np
 import tqdm
 from absl import app, flags, logging
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float32, Float64, UInt8
 from ml_collections import ConfigDict, config_flags
 
 from cityrag_jax import report
-from cityrag_jax.checkpoint import latest_model
+from cityrag_jax.checkpoint import Bundle, latest_model
 from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, write_image, write_video
@@ -66,6 +67,37 @@ def read_path(
     return poses_on_earth(places, spacing_m)
 
 
+def read_text(path: Path | str) -> Float32[np.ndarray, "S E"]:
+    """Read the rows of a prompt, as tools/encode_prompt.py writes them."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); write it by tools/encode_prompt.py."
+        ) from error
+    if rows.ndim != 2 or rows.dtype != np.float32:
+        raise ValueError(
+            f"{path} holds {rows.dtype} of {rows.shape}, not float32 rows of a prompt."
+        )
+    return rows
+
+
+def with_text(bundle: Bundle, text: Float32[np.ndarray, "S E"]) -> Bundle:
+    """Give a bundle whose fixed prompt is another; ValueError if that does not fit."""
+    if "transformer" not in bundle.descriptions:
+        raise ValueError(
+            f"{bundle.origin} has no transformer that a prompt could tell."
+        )
+    told = bundle.descriptions["transformer"]["config"]
+    most, width = told["text_len"], told["text_dim"]
+    if len(text) > most or text.shape[1] != width:
+        raise ValueError(
+            f"The text has {text.shape[0]} rows of {text.shape[1]}, {bundle.origin} "
+            f"takes at most {most} of {width}; encode it by that model's text encoder."
+        )
+    return dataclasses.replace(bundle, text=text)
+
+
 def generate(
     config: ConfigDict,
     checkpoint: Path | str,
@@ -75,19 +107,23 @@ def generate(
     *,
     seed: int = 0,
     without: tuple[str, ...] = (),
+    text: Float32[np.ndarray, "S E"] | None = None,
 ) -> Rollout:
-    """Generate a frame for every pose; `without` leaves out "pose" or "geo"."""
+    """Generate a frame for every pose; `without` leaves out "pose" or "geo".
+
+    `text` holds the rows of a prompt in the place of the checkpoint's.
+    """
     unknown = set(without) - set(CONDITIONS)
     if unknown:
         raise ValueError(f"--without={','.join(unknown)}: choose of {CONDITIONS}.")
     clips = clip_config(config.data)
     limits = dict(radius_m=float(config.sample.radius_m))
     retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
-    generator = Generator(
-        latest_model(checkpoint, dtype=loading_dtype()), read_sampler(config.sample)
-    )
+    bundle = latest_model(checkpoint, dtype=loading_dtype())
+    if text is not None:
+        bundle = with_text(bundle, text)
     return rollout(
-        generator,
+        Generator(bundle, read_sampler(config.sample)),
         city,
         fit_photo(photo, clips.height, clips.width),
         ecef_from_camera,
@@ -180,6 +216,8 @@ def main(_) -> None:
         photo = read_image(given.image)
         poses = read_path(given.path, city, float(config.sample.spacing_m))
         without = tuple(name for name in given.without if name)
+        text = None if given.text is None else read_text(given.text)
+        Path(given.out).mkdir(parents=True, exist_ok=True)
         made = generate(
             config,
             given.checkpoint,
@@ -188,8 +226,9 @@ def main(_) -> None:
             poses,
             seed=given.seed,
             without=without,
+            text=text,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     facts = dict(
         image=str(given.image),
@@ -197,6 +236,7 @@ def main(_) -> None:
         checkpoint=str(given.checkpoint),
         seed=given.seed,
         without=list(without),
+        text=given.text,
         fps=config.sample.fps,
         sample=json.loads(config.sample.to_json()),
         jax=jax.__version__,
@@ -218,6 +258,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder to write to.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise; equal seeds, equal bytes.")
     flags.DEFINE_list("without", [], "Conditions to leave out: pose, geo.")
+    flags.DEFINE_string(
+        "text", None, "Another prompt's rows, as tools/encode_prompt.py writes them."
+    )
     flags.mark_flags_as_required(
         ["config", "checkpoint", "city", "image", "path", "out"]
     )

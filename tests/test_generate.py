@@ -12,6 +12,7 @@ import training_city
 from test_train import get_config
 
 from cityrag_jax import generate as door
+from cityrag_jax.checkpoint import Bundle
 from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, read_video
@@ -19,7 +20,9 @@ from cityrag_jax.generate import (
     fit_photo,
     generate,
     read_path,
+    read_text,
     sources,
+    with_text,
     write_rollout,
 )
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
@@ -169,6 +172,32 @@ def test_what_cannot_be_generated_is_refused_before_a_model_is_read(
             generate(config, tmp_path, city, photo, far)
     with pytest.raises(ValueError, match="holds no model"):
         generate(config, tmp_path, city, photo, poses)
+
+
+def test_another_prompt_takes_the_place_of_the_stored_one(tmp_path, rng):
+    told = {"transformer": {"config": {"text_len": 4, "text_dim": 3}}}
+    bundle = Bundle({}, told, np.zeros((1, 3), np.float32), "model")
+    rows = rng.normal(size=(2, 3)).astype(np.float32)
+    np.save(tmp_path / "text.npy", rows)
+    changed = with_text(bundle, read_text(tmp_path / "text.npy"))
+    np.testing.assert_array_equal(changed.text, rows)
+    for shape in ((5, 3), (2, 4)):
+        with pytest.raises(ValueError, match="model takes at most 4 of 3"):
+            with_text(bundle, np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match="model has no transformer"):
+        with_text(dataclasses.replace(bundle, descriptions={}), rows)
+
+
+def test_what_is_no_prompt_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none.npy cannot be read"):
+        read_text(tmp_path / "none.npy")
+    for content in ("", "a street"):
+        (tmp_path / "bad.npy").write_text(content)
+        with pytest.raises(ValueError, match="bad.npy cannot be read"):
+            read_text(tmp_path / "bad.npy")
+    np.save(tmp_path / "flat.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="holds float64 of"):
+        read_text(tmp_path / "flat.npy")
 
 
 def test_the_command_line_ends_in_one_line_of_error(tmp_path):

@@ -3,7 +3,8 @@
     python tools/encode_prompt.py --source=DIR --prompt=TEXT [--out=text.npy]
 
 DIR is a checkpoint as published, in the official layout or in diffusers'. One block's
-weights are in memory at a time: 1.4 GiB. The rows are written as float32.
+weights are in memory at a time: 1.4 GiB. The rows are written as float32, for
+`python -m cityrag_jax.generate --text=text.npy`.
 """
 
 import argparse
@@ -32,12 +33,22 @@ def main() -> None:
         (rows,) = encode_prompts(
             options.source, [options.prompt], dtype=np.dtype(options.dtype)
         )
-        with options.out.open("wb") as file:
-            np.save(file, rows)
+        write_rows(options.out, rows)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{options.out}: {rows.shape[0]} rows of width {rows.shape[1]}, float32")
+
+
+def write_rows(path: Path, rows: np.ndarray) -> None:
+    """Write under another name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
