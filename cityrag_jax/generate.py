@@ -86,7 +86,7 @@ def with_text(bundle: Bundle, text: Float32[np.ndarray, "S E"]) -> Bundle:
     """Give a bundle whose fixed prompt is another; ValueError if that does not fit."""
     if "transformer" not in bundle.descriptions:
         raise ValueError(
-            f"{bundle.origin} has no transformer that a prompt could tell."
+            f"{bundle.origin} has no transformer to prompt."
         )
     told = bundle.descriptions["transformer"]["config"]
     most, width = told["text_len"], told["text_dim"]
