@@ -85,9 +85,7 @@ def read_text(path: Path | str) -> Float32[np.ndarray, "S E"]:
 def with_text(bundle: Bundle, text: Float32[np.ndarray, "S E"]) -> Bundle:
     """Give a bundle whose fixed prompt is another; ValueError if that does not fit."""
     if "transformer" not in bundle.descriptions:
-        raise ValueError(
-            f"{bundle.origin} has no transformer to prompt."
-        )
+        raise ValueError(f"{bundle.origin} has no transformer to prompt.")
     told = bundle.descriptions["transformer"]["config"]
     most, width = told["text_len"], told["text_dim"]
     if len(text) > most or text.shape[1] != width:
