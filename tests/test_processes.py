@@ -6,6 +6,7 @@ The processes are this file run as a script, with two CPU devices each.
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,8 +27,12 @@ from cityrag_jax.checkpoint import (
 )
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
+from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 from cityrag_jax.parallel import make_mesh
 
+pytestmark = pytest.mark.long
+
+TOOL = Path(__file__).parents[1] / "tools" / "time_checkpoint.py"
 PROCESSES, DEVICES = 2, 2
 CONFIG = DiTConfig(
     dim=512,
@@ -39,42 +44,75 @@ CONFIG = DiTConfig(
     text_dim=128,
     text_len=2,
 )
-DESCRIPTION = describe(WanDiT, CONFIG, ((GeoBranch, {}),))
+DESCRIPTION = describe(
+    WanDiT, CONFIG, ((TrajectoryEncoder, {"hidden": 16}), (GeoBranch, {}))
+)
 
 
-@pytest.mark.long
-def test_every_process_reads_its_part(tmp_path, monkeypatch):
-    """Kernels are cut into chunks as those of 14B are, a hundred times smaller."""
-    monkeypatch.setattr(items, "CHUNK_BYTES", items.CHUNK_BYTES // 100)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle and what it holds; chunks as those of 14B, a hundred times smaller."""
+    folder = tmp_path_factory.mktemp("processes")
     model = new_model(DESCRIPTION, seed=5)
-    np.savez(tmp_path / "expected.npz", **parameters(model))
+    np.savez(folder / "expected.npz", **parameters(model))
     bundle = Bundle({"transformer": model}, {"transformer": DESCRIPTION})
-    save_bundle(tmp_path / "m", bundle)
-    stored = sum(path.stat().st_size for path in (tmp_path / "m").rglob("*"))
-    for verify in (False, True):
-        reports = _run(tmp_path / "m", verify)
-        assert [r["shards"] for r in reports] == [DEVICES * len(parameters(model))] * 2
-        assert all(r["largest_difference"] == 0 for r in reports)
-        for report in reports:
-            # Its half of the kernels, vectors of which every device has a copy, Orbax's
-            # notes and the index of chunks: measured 0.53 to 0.60.
-            assert 0.4 * stored < report["bytes_read"] < 0.7 * stored, report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(items, "CHUNK_BYTES", items.CHUNK_BYTES // 100)
+        save_bundle(folder / "m", bundle)
+    yield folder / "m"
+    shutil.rmtree(folder)
 
 
-def _run(path: Path, verify: bool) -> list[dict]:
+@pytest.mark.parametrize("verify", [False, True])
+def test_every_process_reads_its_part(folder, verify):
+    reports = _run(
+        lambda address, process: [__file__, folder, address, process, verify]
+    )
+    with np.load(folder.with_name("expected.npz")) as expected:
+        count = len(expected)
+    assert [r["shards"] for r in reports] == [DEVICES * count] * PROCESSES
+    for report in reports:
+        assert report["largest_difference"] == 0
+        # Its half of the kernels, vectors of which every device has a copy, Orbax's
+        # notes and the index of chunks: measured 0.53 to 0.60.
+        assert 0.4 * _stored(folder) < report["bytes_read"] < 0.7 * _stored(folder)
+
+
+def test_the_tool_times_reading_and_a_step(folder):
+    options = [f"--checkpoint={folder}", "--dtype=float32", "--frames=9"]
+    options += ["--height=32", "--width=32", f"--fsdp={PROCESSES * DEVICES}"]
+    reports = _run(
+        lambda address, process: [
+            *(TOOL, *options, f"--processes={PROCESSES}"),
+            *(f"--address={address}", f"--process={process}"),
+        ]
+    )
+    for report in reports:
+        assert report["devices"] == f"{PROCESSES * DEVICES} x cpu"
+        assert report["finite"] and len(report["step_s"]) == 2
+        read = report["read_by_this_process"] * 1e9  # rounded to 10 MB
+        assert 0.3 * _stored(folder) < read < 0.75 * _stored(folder)
+
+
+def _stored(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*"))
+
+
+def _run(arguments) -> list[dict]:
+    """Start all processes on `arguments(address, process)`; give what they print."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(path), address, str(i), str(int(verify))],
+            [sys.executable, *map(str, arguments(address, process))],
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(PROCESSES)
+        for process in range(PROCESSES)
     ]
     ended = [process.communicate(timeout=300) for process in running]
     for process, (_, errors) in zip(running, ended, strict=True):
@@ -110,5 +148,5 @@ def _report(path: str, verify: bool) -> dict:
 if __name__ == "__main__":
     path, address, process, verify = sys.argv[1:]
     jax.distributed.initialize(address, PROCESSES, int(process))
-    print(json.dumps(_report(path, verify == "1")), flush=True)
+    print(json.dumps(_report(path, verify == "True")), flush=True)
     jax.distributed.shutdown()

@@ -2,11 +2,14 @@
 
     python tools/time_checkpoint.py --checkpoint=DIR [--fsdp=4] [--sequence=1]
         [--frames=73 --height=480 --width=832] [--no-step]
+        [--processes=2 --process=0 --address=localhost:29876]
 
-Reads every module of the folder, each device its own shards, and prints seconds, GB/s
-and the process's peak memory on the host (anonymous memory: the page cache is not
-counted). Then the transformer takes one step from noise with random conditions at the
-size of the video. One process; start it again for another mesh.
+Reads every module of the folder, each device its own shards, and prints seconds, GB/s,
+what the process asked of files and its peak memory on the host (anonymous memory: the
+page cache is not counted). Then the transformer takes one step from noise with random
+conditions at the size of the video. Several processes share one mesh: start each with
+its number and the address of the first, and on one host with its own
+CUDA_VISIBLE_DEVICES.
 """
 
 import argparse
@@ -54,10 +57,15 @@ def anonymous_bytes() -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", status).group(1)) * 1024
 
 
+def bytes_asked() -> int:
+    """Read how many bytes this process has read, cached or not (Linux)."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
 def read(checkpoint: Path, mesh, dtype) -> tuple[dict[str, nnx.Module], dict]:
     """Read every module; give them and the figures."""
     bundle = latest_model(checkpoint, mesh=mesh, dtype=dtype)
-    start = time.perf_counter()
+    start, asked = time.perf_counter(), bytes_asked()
     with PeakMemory() as memory:
         modules = {name: bundle.modules[name] for name in bundle.modules}
         arrays = [x for m in modules.values() for x in parameters(m).values()]
@@ -68,6 +76,7 @@ def read(checkpoint: Path, mesh, dtype) -> tuple[dict[str, nnx.Module], dict]:
         "modules": sorted(modules),
         "read_s": round(seconds, 2),
         "gigabytes": round(size / GB, 2),
+        "read_by_this_process": round((bytes_asked() - asked) / GB, 2),
         "gigabytes_per_s": round(size / GB / seconds, 2),
         "host_peak_gib": round(memory.peak / GIB, 2),
         "host_before_gib": round(memory.before / GIB, 2),
@@ -127,8 +136,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=73)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0, help="number of this one")
+    parser.add_argument("--address", default="localhost:29876", help="of process 0")
     parser.add_argument("--no-step", action="store_true", help="only read")
     given = parser.parse_args()
+    if given.processes > 1:
+        jax.distributed.initialize(given.address, given.processes, given.process)
     count = given.fsdp * given.sequence
     devices = jax.devices()[:count]
     mesh = make_mesh(1, given.fsdp, given.sequence, devices) if count > 1 else None

@@ -233,7 +233,7 @@ class _Work:
             return
         arrays = {}
         for ours, x in network.make(item):
-            if not is_finite(np.asarray(x)):
+            if ours not in network.copied and not is_finite(np.asarray(x)):
                 names = network.sources(item, ours) or (ours,)
                 self.broken += [n for n in names if n not in self.broken]
             if not self.broken:
