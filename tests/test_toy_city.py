@@ -54,6 +54,60 @@ def test_only_traffic_differs_between_drives_in_the_same_light():
     assert np.array_equal(one.rgb[solid], two.rgb[solid])
 
 
+def test_what_stands_is_there_from_every_camera():
+    """Whatever a camera sees beyond 20 m, another 8 m farther back sees too.
+
+    Each point is looked for in the other panorama: something must stand there or
+    before it. Ragged crowns keep a few leaves to one camera: 1 of 700 points. When only
+    the nearest trees and posts existed it was 1 of 170.
+    """
+    lost = total = 0
+    rays = panorama_rays(HEIGHT)
+    for drive in DRIVES[:8:2]:
+        at = np.arange(40, 220, 30)
+        one, two = look(drive, at), look(drive, at - 20, time_s=drive.time_s[at])
+        for k in range(len(at)):
+            far = ~one.transient[k] & (one.depth_m[k] > 20) & (one.depth_m[k] < 100)
+            place = rays[far] * one.depth_m[k][far][:, None]
+            here, there = (
+                drive.enu_from_camera[at[k]],
+                drive.enu_from_camera[at[k] - 20],
+            )
+            place = place @ here[:3, :3].T + here[:3, 3]
+            seen = (place - there[:3, 3]) @ there[:3, :3]
+            distance = np.linalg.norm(seen, axis=1)
+            nearest, moving = around(two.depth_m[k], two.transient[k], seen)
+            lost += np.sum((nearest > 1.03 * distance + 0.3) & ~moving)
+            total += len(distance)
+    assert total > 100_000
+    assert lost / total < 1 / 600, f"{lost} of {total} points stand for one camera only"
+
+
+def panorama_rays(height):
+    """Give the unit direction of every pixel in the camera's axes."""
+    azimuth = np.pi * (2 * (np.arange(2 * height) + 0.5) / (2 * height) - 1)
+    elevation = np.pi * (0.5 - (np.arange(height) + 0.5) / height)[:, None]
+    level = np.cos(elevation)
+    parts = level * np.sin(azimuth), -np.sin(elevation), level * np.cos(azimuth)
+    return np.stack(np.broadcast_arrays(*parts), -1)
+
+
+def around(depth_m, transient, seen):
+    """Give the nearest depth of the 3x3 pixels around directions, and any traffic."""
+    height, width = depth_m.shape
+    azimuth = np.arctan2(seen[:, 0], seen[:, 2])
+    elevation = np.arcsin(-seen[:, 1] / np.linalg.norm(seen, axis=1))
+    column = ((azimuth / (2 * np.pi) + 0.5) * width).astype(int)
+    row = ((0.5 - elevation / np.pi) * height).astype(int)
+    places = [
+        (np.clip(row + dy, 0, height - 1), (column + dx) % width)
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+    ]
+    nearest = np.min([depth_m[place] for place in places], axis=0)
+    return nearest, np.any([transient[place] for place in places], axis=0)
+
+
 def test_two_drives_see_the_same_places_in_another_light():
     first, second = DRIVES[:2]
     at = np.array([10, 120])

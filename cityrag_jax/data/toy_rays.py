@@ -2,7 +2,7 @@
 
 A ray is a horizontal unit direction and a slope (rise for each horizontal metre).
 Everything that depends on the horizontal direction alone, such as the walk through the
-grid of lots and the nearest cars and trees, is done once a column where cameras are
+grid of lots and the first cars and trees, is done once a column where cameras are
 level, once a sample where they are not: arrays are [B, 1, W] or [B, H, W] and
 broadcast. Distances `s` are horizontal metres; `FAR` means nothing is there.
 
@@ -26,9 +26,15 @@ WALK_STEPS = 36
 FACADES = 5
 FAR = np.float32(1e9)
 TRUNK_M = 2.3
+TREE_TOP_M = TRUNK_M + 6.0
+LAMP_M = 5.5
+POST_RADIUS_M = 0.32
+THINGS_AT_ONCE = 128
 
 # How many things of a sort each column may meet, in the order of `Seen.index`.
-CARS, PEOPLE, TREES, POSTS = 3, 2, 3, 2
+# Of 100 columns one has more than 5 trees before the first high wall, and of 500 one
+# more than 3 posts.
+CARS, PEOPLE, TREES, POSTS = 3, 2, 4, 2
 TRANSIENT = CARS + PEOPLE
 GROUND = TRANSIENT + TREES + POSTS
 
@@ -214,31 +220,69 @@ def walk(grid: Grid, seed: Array, rays: Rays) -> Walls:
     return Walls(*(list(part) for part in (s, top, u, width, lot_seen.bits, face)))
 
 
-def _columns(rays: Rays, things: Things, reach_m: float, count: int) -> list[Near]:
-    """Pick the `count` nearest things within `reach_m` metres beside each column.
+def _columns(
+    rays: Rays, things: Things, radius_m: Array, hidden_m: Array, count: int
+) -> list[Near]:
+    """Pick the first `count` things that each column passes within their radius.
 
-    Where there are fewer, the distance is `FAR`.
+    `hidden_m` is where a wall hides whatever stands behind. Where there are fewer, the
+    distance is `FAR`. The things are looked through some at a time: there are thousands
+    around a camera, and as many columns as samples where cameras are not level.
     """
-    gx = things.x[:, :, None, None] - rays.x[:, None]
-    gy = things.y[:, :, None, None] - rays.y[:, None]
-    dx, dy = rays.dx[:, None], rays.dy[:, None]
-    s, q = gx * dx + gy * dy, gy * dx - gx * dy
-    key = jnp.where((jnp.abs(q) < reach_m) & (s > 0.3) & (s < 150.0), s, FAR)
-    order = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :, None, None]
+    shape = jnp.broadcast_shapes(rays.x.shape, rays.dx.shape)
+    total = things.x.shape[1]
+    parts = -(-total // THINGS_AT_ONCE)
+    padded = [
+        jnp.pad(v, ((0, 0), (0, parts * THINGS_AT_ONCE - total)), mode="edge")
+        for v in (things.x, things.y, radius_m)
+    ]
+
+    def look(part: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, y, radius = (
+            jax.lax.dynamic_slice_in_dim(
+                v, part * THINGS_AT_ONCE, THINGS_AT_ONCE, axis=1
+            )[:, :, None, None]
+            for v in padded
+        )
+        gx, gy = x - rays.x[:, None], y - rays.y[:, None]
+        dx, dy = rays.dx[:, None], rays.dy[:, None]
+        s, q = gx * dx + gy * dy, gy * dx - gx * dy
+        met = (jnp.abs(q) < radius) & (s > 0.3) & (s < toy_world.REACH_M)
+        met &= s - radius < hidden_m[:, None]
+        which = part * THINGS_AT_ONCE + jnp.arange(THINGS_AT_ONCE, dtype=jnp.int32)
+        met &= (which < total)[None, :, None, None]
+        key = jnp.concatenate([best[0], jnp.where(met, s, FAR)], axis=1)
+        which = jnp.broadcast_to(which[None, :, None, None], met.shape)
+        return _first(key, jnp.concatenate([best[1], which], axis=1), count)
+
+    none = jnp.zeros((shape[0], count, *shape[1:]), jnp.int32)
+    distance, index = jax.lax.fori_loop(
+        0, parts, look, (none.astype(jnp.float32) + FAR, none)
+    )
     picked = []
-    for _ in range(count):
-        distance = jnp.min(key, axis=1)
-        first = jnp.where(key == distance[:, None], order, key.shape[1])
-        best = jnp.minimum(jnp.min(first, axis=1), key.shape[1] - 1)
-        key = jnp.where(order == best[:, None], FAR, key)
-        flat = best.reshape(best.shape[0], -1)
+    for k in range(count):
+        flat = index[:, k].reshape(shape[0], -1)
         x, y, *rest = (
-            jnp.take_along_axis(part, flat, axis=1).reshape(best.shape)
-            for part in things
+            jnp.take_along_axis(part, flat, axis=1).reshape(shape) for part in things
         )
         off = (y - rays.y) * rays.dx - (x - rays.x) * rays.dy
-        picked.append(Near(distance, off, x, y, *rest))
+        picked.append(Near(distance[:, k], off, x, y, *rest))
     return picked
+
+
+def _first(key: Array, which: Array, count: int) -> tuple[Array, Array]:
+    """Sort out the `count` smallest keys of axis 1, and which they are."""
+    order = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :, None, None]
+    keys, chosen = [], []
+    for _ in range(count):
+        least = jnp.min(key, axis=1, keepdims=True)
+        at = jnp.min(
+            jnp.where(key == least, order, key.shape[1]), axis=1, keepdims=True
+        )
+        keys.append(least)
+        chosen.append(jnp.sum(jnp.where(order == at, which, 0), axis=1, keepdims=True))
+        key = jnp.where(order == at, FAR, key)
+    return jnp.concatenate(keys, axis=1), jnp.concatenate(chosen, axis=1)
 
 
 def _slab(rays: Rays, x: Array, y: Array, hx: Array, hy: Array) -> tuple[Array, Array]:
@@ -368,14 +412,32 @@ def find_things(
 
 
 @jax.jit
-def line_up(rays: Rays, things: tuple[Things, ...]) -> list[Near]:
+def line_up(rays: Rays, walls: Walls, things: tuple[Things, ...]) -> list[Near]:
     """List what stands along each column, in the order of `Seen.index`."""
-    reach_m, counts = (2.6, 0.3, 2.4, 0.35), (CARS, PEOPLE, TREES, POSTS)
+    cars, people, trees, posts = things
+    everywhere = jnp.full_like(walls.s[0], FAR)
+    sorts = (
+        (cars, jnp.full_like(cars.x, 2.6), everywhere, CARS),
+        (people, jnp.full_like(people.x, 0.3), everywhere, PEOPLE),
+        (trees, tree_size(trees.bits)[0], _behind(walls, TREE_TOP_M), TREES),
+        (posts, jnp.full_like(posts.x, POST_RADIUS_M), _behind(walls, LAMP_M), POSTS),
+    )
     return [
         near
-        for sort, reach, count in zip(things, reach_m, counts, strict=True)
-        for near in _columns(rays, sort, reach, count)
+        for sort, radius_m, hidden_m, count in sorts
+        for near in _columns(rays, sort, radius_m, hidden_m, count)
     ]
+
+
+def _behind(walls: Walls, height_m: float) -> Array:
+    """Say where the first wall stands that hides whatever is no higher behind it."""
+    return functools.reduce(
+        jnp.minimum,
+        (
+            jnp.where(top >= height_m, s, FAR)
+            for s, top in zip(walls.s, walls.top, strict=True)
+        ),
+    )
 
 
 @jax.jit

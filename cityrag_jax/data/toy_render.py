@@ -243,7 +243,8 @@ def render_on_device(
     """
     rays = make_rays(lens, fov_deg, position, rotation)
     walls = walk(grid, seed, rays)
-    near = line_up(rays, find_things(grid, seed, scene.seed, position, time_s))
+    things = find_things(grid, seed, scene.seed, position, time_s)
+    near = line_up(rays, walls, things)
     ways, wall = measure(rays, walls, near)
     s, index, under = choose_first(rays, near, ways)
     seen = Seen(s, index, wall, under, near, walls)

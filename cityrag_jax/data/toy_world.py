@@ -21,7 +21,11 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 ROAD_HALF_M = 5.0
 STREET_HALF_M = 8.0
 GARDEN_WALL_M = 2.7
-LOT_M = 8.0
+# How far things that stand are drawn: a tree of 6 m is there 3 pixels of 160 high.
+REACH_M = 200.0
+TREE_SPACING_M = 8.0
+LAMP_SPACING_M = 12.0
+POST_SPACING_M = 6.0
 _PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 
 
@@ -50,7 +54,7 @@ class Lot(NamedTuple):
 
 
 class Things(NamedTuple):
-    """The nearest things of one sort around each camera; absent ones lie far away.
+    """The things of one sort around each camera; absent ones lie far away.
 
     `axis` is 0 where the thing's street runs along x and 1 where it runs along y,
     `way` is the sign of its direction along that street.
@@ -174,20 +178,30 @@ def _row_ahead(
 
 
 def _slots(
-    grid: Grid, camera: Array, spacing_m: float, count: int, shift_m: Array
+    grid: Grid, camera: Array, spacing_m: float, reach: tuple[int, int], shift_m: Array
 ) -> tuple[Array, Array, Array]:
-    """List (axis, street, slot) of `count` slots near cameras on 4 streets."""
+    """List (axis, street, slot) around cameras: `reach` streets and slots each way.
+
+    A camera lies between two streets of an axis; one of each is the least reach.
+    """
+    streets = np.arange(1 - reach[0], 1 + reach[0], dtype=np.int32)
+    slots = np.arange(-reach[1], reach[1], dtype=np.int32)
     batch = camera.shape[0]
-    shape = (batch, 2, 2, count)
+    shape = (batch, 2, len(streets), len(slots))
     across = jnp.floor(camera[:, ::-1] / np.float32(grid.block_m)).astype(jnp.int32)
-    street = across[:, :, None, None] + jnp.arange(2)[None, None, :, None]
-    first = jnp.floor((camera - shift_m[:, None]) / np.float32(spacing_m))
-    slot = first.astype(jnp.int32) - count // 2
-    slot = slot[:, :, None, None] + jnp.arange(count)[None, None, None, :]
+    street = across[:, :, None, None] + streets[None, None, :, None]
+    here = jnp.floor((camera - shift_m[:, None]) / np.float32(spacing_m))
+    slot = here.astype(jnp.int32)[:, :, None, None] + slots[None, None, None, :]
     axis = jnp.arange(2)[None, :, None, None]
     return tuple(
         jnp.broadcast_to(v, shape).reshape(batch, -1) for v in (axis, street, slot)
     )
+
+
+def _standing(grid: Grid, camera: Array, spacing_m: float) -> tuple[Array, ...]:
+    """List all slots within `REACH_M` of cameras."""
+    reach = tuple(int(np.ceil(REACH_M / m)) + 1 for m in (grid.block_m, spacing_m))
+    return _slots(grid, camera, spacing_m, reach, jnp.zeros_like(camera[:, 0]))
 
 
 def _placed(
@@ -214,40 +228,43 @@ def _from_junction(grid: Grid, along: Array) -> Array:
     return jnp.abs(along - block * jnp.round(along / block))
 
 
-def _nearest(camera: Array, groups: list[Things], keep: int) -> Things:
-    """Keep the `keep` things nearest to each camera."""
-    joined = Things(
+def _join(groups: list[Things]) -> Things:
+    return Things(
         *(jnp.concatenate(parts, axis=1) for parts in zip(*groups, strict=True))
     )
+
+
+def _nearest(camera: Array, groups: list[Things], keep: int) -> Things:
+    """Keep the `keep` things nearest to each camera: traffic, which comes and goes."""
+    joined = _join(groups)
     distance = jnp.hypot(joined.x - camera[:, :1], joined.y - camera[:, 1:])
     _, order = jax.lax.top_k(-distance, keep)
     return Things(*(jnp.take_along_axis(part, order, axis=1) for part in joined))
 
 
 def trees(grid: Grid, seed: Array, camera: Float32[Array, "B 2"]) -> Things:
-    """Find the trees nearest to each camera: avenues, parks, gardens and courtyards."""
+    """Find all trees within `REACH_M`: avenues, parks, gardens and courtyards."""
     groups = []
-    still = jnp.zeros_like(camera[:, 0])
-    slots = axis, street, slot = _slots(grid, camera, 8.0, 14, still)
+    slots = axis, street, slot = _standing(grid, camera, TREE_SPACING_M)
     for side in (-1, 1):
         bits = hashed(seed, 10 + side, axis, street, slot)
-        along = (slot + 0.5) * 8.0 + 2.0 * (fraction(bits, 0) - 0.5)
+        along = (slot + 0.5) * TREE_SPACING_M + 2.0 * (fraction(bits, 0) - 0.5)
         stretch = jnp.floor(along / np.float32(grid.block_m)).astype(jnp.int32)
         avenue = hashed(seed, 12, axis, street, stretch)
         present = (fraction(avenue, 0) < 0.6) & (fraction(bits, 8) < 0.75)
         present &= _from_junction(grid, along) > STREET_HALF_M + 1.5
         lateral = jnp.full_like(along, side * (ROAD_HALF_M + 0.9))
         groups.append(_placed(grid, slots, along, lateral, bits, 1, present))
-    groups.append(_block_trees(grid, seed, camera))
-    return _nearest(camera, groups, 20)
+    return _join([*groups, _block_trees(grid, seed, camera)])
 
 
 def _block_trees(grid: Grid, seed: Array, camera: Array) -> Things:
-    """List the trees that stand inside the four blocks around each camera."""
+    """List the trees that stand inside the blocks within `REACH_M` of each camera."""
     n, batch = grid.lots, camera.shape[0]
-    corner = jnp.floor(camera / np.float32(grid.block_m) - 0.5).astype(jnp.int32)
-    shape = (batch, 2, 2, n, n)
-    step = np.arange(2, dtype=np.int32)
+    corner = jnp.floor(camera / np.float32(grid.block_m)).astype(jnp.int32)
+    reach = int(np.ceil(REACH_M / grid.block_m))
+    step = np.arange(-reach, reach + 1, dtype=np.int32)
+    shape = (batch, len(step), len(step), n, n)
     cell = np.arange(n, dtype=np.int32)
     i, j, a, b = (
         jnp.broadcast_to(v, shape).reshape(batch, -1)
@@ -273,28 +290,27 @@ def _block_trees(grid: Grid, seed: Array, camera: Array) -> Things:
 
 
 def furniture(grid: Grid, seed: Array, camera: Float32[Array, "B 2"]) -> Things:
-    """Find the nearest static posts; `way` is 0 lamp, 1 bin, 2 bollard, 3 sign."""
-    still = jnp.zeros_like(camera[:, 0])
+    """Find all posts within `REACH_M`; `way` is 0 lamp, 1 bin, 2 bollard, 3 sign."""
     groups = []
-    lamps = axis, street, slot = _slots(grid, camera, 12.0, 8, still)
+    lamps = axis, street, slot = _standing(grid, camera, LAMP_SPACING_M)
     side = jnp.where((slot & 1) == 0, 1.0, -1.0)
-    along = slot * 12.0 + 6.0
+    along = (slot + 0.5) * LAMP_SPACING_M
     present = _from_junction(grid, along) > ROAD_HALF_M + 1.0
     bits = hashed(seed, 20, axis, street, slot)
     groups.append(
         _placed(grid, lamps, along, side * (ROAD_HALF_M + 0.5), bits, 0, present)
     )
-    small = axis, street, slot = _slots(grid, camera, 6.0, 12, still)
+    small = axis, street, slot = _standing(grid, camera, POST_SPACING_M)
     for side in (-1, 1):
         bits = hashed(seed, 22 + side, axis, street, slot)
-        along = (slot + fraction(bits, 0)) * 6.0
+        along = (slot + fraction(bits, 0)) * POST_SPACING_M
         present = fraction(bits, 8) < 0.55
         present &= _from_junction(grid, along) > ROAD_HALF_M + 1.0
         lateral = side * (ROAD_HALF_M + 0.4 + 0.6 * fraction(bits, 16))
         kind = 1 + ((bits >> np.uint32(28)) % np.uint32(3)).astype(jnp.int32)
         things = _placed(grid, small, along, lateral, bits, 1, present)
         groups.append(things._replace(way=kind))
-    return _nearest(camera, groups, 24)
+    return _join(groups)
 
 
 def cars(
@@ -307,7 +323,7 @@ def cars(
     still = jnp.zeros_like(camera[:, 0])
     drive = drive_seed[:, None]
     groups = []
-    slots = axis, street, slot = _slots(grid, camera, 5.6, 20, still)
+    slots = axis, street, slot = _slots(grid, camera, 5.6, (1, 10), still)
     for way in (-1, 1):
         bits = hashed(drive, 30 + way, axis, street, slot)
         along = (slot + 0.5) * 5.6 + 0.6 * (fraction(bits, 0) - 0.5)
@@ -318,7 +334,7 @@ def cars(
     for way in (-1, 1):
         speed = 7.0 + 2.0 * way
         shift = way * speed * time_s
-        slots = axis, street, slot = _slots(grid, camera, 15.0, 8, shift)
+        slots = axis, street, slot = _slots(grid, camera, 15.0, (1, 4), shift)
         bits = hashed(drive, 34 + way, axis, street, slot)
         along = (slot + 0.4 * fraction(bits, 0)) * 15.0 + shift[:, None]
         lateral = _right_of(axis, way) * 1.7
@@ -339,7 +355,7 @@ def people(
     groups = []
     for lane, (side, way) in enumerate(((-1, -1), (-1, 1), (1, -1), (1, 1))):
         shift = way * (1.0 + 0.12 * lane) * time_s
-        slots = axis, street, slot = _slots(grid, camera, 6.0, 10, shift)
+        slots = axis, street, slot = _slots(grid, camera, 6.0, (1, 5), shift)
         bits = hashed(drive, 40 + lane, axis, street, slot)
         along = (slot + fraction(bits, 0)) * 6.0 + shift[:, None]
         lateral = side * (ROAD_HALF_M + 1.2 + 1.4 * fraction(bits, 16))
