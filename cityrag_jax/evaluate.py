@@ -28,7 +28,14 @@ from cityrag_jax.checkpoint import latest_model
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
 from cityrag_jax.encode import encode_target
-from cityrag_jax.metrics.image import clip_psnr, psnr, recolour_condition
+from cityrag_jax.metrics.image import (
+    clip_psnr,
+    gradient_cosine,
+    mean_defined,
+    psnr,
+    recolour_condition,
+    sharpness,
+)
 from cityrag_jax.parallel import loading_dtype
 from cityrag_jax.rollout import Generator, decode
 from cityrag_jax.sampling import read_sampler
@@ -43,6 +50,7 @@ ELSEWHERE = "geo of another place + trajectory"
 RECOLOURED = "condition, colours fitted to frame 0"
 CEILING = "autoencoder alone"
 EXAMPLES = 4
+DECIMALS = {"gradient cosine": 3}
 
 
 def make_videos(
@@ -107,17 +115,22 @@ def reconstruct(generator: Generator, clips: Clip) -> Videos:
 
 
 def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
-    """Give PSNR in dB of every clip, frame 0 (which is given) not counted.
+    """Give the figures of every clip, frame 0 (which is given) not counted.
 
-    `PSNR` is the mean over frames, `of clip` from the clip's mean squared error,
-    `last quarter` the mean over the frames farthest from the given one.
+    `PSNR` in dB is the mean over frames, `of clip` from the clip's mean squared error,
+    `last quarter` the mean over the frames farthest from the given one. `sharpness` and
+    `gradient cosine` are means over the frames whose truth is not flat.
     """
-    frames = psnr(video[:, 1:], truth[:, 1:])
-    pairs = list(zip(video[:, 1:], truth[:, 1:], strict=True))
+    quarter = truth.shape[1] // 4
+    video, truth = video[:, 1:], truth[:, 1:]
+    frames = psnr(video, truth)
+    pairs = zip(video, truth, strict=True)
     return {
         "PSNR": frames.mean(axis=1),
         "of clip": np.array([clip_psnr(v, t) for v, t in pairs]),
-        "last quarter": frames[:, -(truth.shape[1] // 4) :].mean(axis=1),
+        "last quarter": frames[:, -quarter:].mean(axis=1),
+        "sharpness": mean_defined(sharpness(video, truth)),
+        "gradient cosine": mean_defined(gradient_cosine(video, truth)),
     }
 
 
@@ -142,7 +155,7 @@ def evaluate(
             for metric, values in score(video, batch.frames).items():
                 row.setdefault(metric, []).extend(values.tolist())
     means = {
-        name: {metric: float(np.mean(values)) for metric, values in row.items()}
+        name: {metric: float(mean_defined(np.array(v))) for metric, v in row.items()}
         for name, row in scores.items()
     }
     _write(Path(out), means, scores, examples, clips[0], config)
@@ -176,7 +189,7 @@ def _write(out, means, scores, examples, first_batch, config):
     out.mkdir(parents=True, exist_ok=True)
     count = config.eval.table_clips
     title = f"{count} unseen clips, PSNR in dB"
-    text = report.table(means, title)
+    text = report.table(means, title, DECIMALS)
     (out / "table.md").write_text(text + "\n")
     (out / "table.json").write_text(json.dumps({"mean": means, "clips": scores}))
     shown = (FULL, POSE_ALONE, RECOLOURED)
@@ -199,7 +212,7 @@ def main(_) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     count = given.config.eval.table_clips
-    print(report.table(means, f"{count} unseen clips, PSNR in dB"))
+    print(report.table(means, f"{count} unseen clips, PSNR in dB", DECIMALS))
     print(f"wrote {given.out}/table.md, table.json, examples.png")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -58,15 +59,22 @@ def sheet(
     return canvas
 
 
-def table(rows: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """Write figures as a Markdown table, one row a name, two decimals."""
+def table(
+    rows: Mapping[str, Mapping[str, float]],
+    title: str,
+    decimals: Mapping[str, int] = MappingProxyType({}),
+) -> str:
+    """Write figures as a Markdown table, one row a name.
+
+    Two decimals, or as many as `decimals` says for a column.
+    """
     names = list(next(iter(rows.values())))
     lines = [
         f"| {title} | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for row, figures in rows.items():
-        cells = " | ".join(f"{figures[name]:.2f}" for name in names)
+        cells = " | ".join(f"{figures[n]:.{decimals.get(n, 2)}f}" for n in names)
         lines.append(f"| {row} | {cells} |")
     return "\n".join(lines)
 

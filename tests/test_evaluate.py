@@ -122,8 +122,20 @@ def test_known_errors_have_known_scores():
 def test_frame_0_does_not_count_and_equal_videos_are_infinitely_good(clips):
     video = clips.frames.copy()
     video[:, 0] = 255 - video[:, 0]
-    for values in score(video, clips.frames).values():
-        np.testing.assert_array_equal(values, [np.inf] * 3)
+    figures = score(video, clips.frames)
+    for name in ("PSNR", "of clip", "last quarter"):
+        np.testing.assert_array_equal(figures[name], [np.inf] * 3)
+    for name in ("sharpness", "gradient cosine"):
+        np.testing.assert_allclose(figures[name], [1] * 3, rtol=1e-12)
+
+
+def test_sharpness_is_averaged_over_frames_whose_truth_is_not_flat(clips):
+    """Half the contrast is a quarter of the energy; half the frames are flat."""
+    truth = 2 * (clips.frames // 4)
+    truth[:, ::2] = 50
+    figures = score(truth // 2, truth)
+    np.testing.assert_allclose(figures["sharpness"], [0.25] * 3)
+    np.testing.assert_allclose(figures["gradient cosine"], [1] * 3)
 
 
 @pytest.fixture(scope="module")

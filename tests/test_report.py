@@ -30,6 +30,8 @@ def test_tables_are_markdown():
         "| a | 18.89 |",
         "| b | 1.00 |",
     ]
+    finer = report.table({"a": {"PSNR": 18.888, "cosine": 0.98765}}, "", {"cosine": 3})
+    assert finer.splitlines()[-1] == "| a | 18.89 | 0.988 |"
 
 
 def test_sheets_fill_rows_and_maps_are_written(tmp_path, rng):

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and an affine colour fit, on the host in float64.
+"""PSNR, SSIM, sharpness and an affine colour fit, on the host in float64.
 
 Images are uint8 in [0, 255] or floats in [0, 1], channels last; both arguments of the
 same kind. Time and batch may lead: every function works on the last three axes, and
@@ -87,6 +87,40 @@ def ssim_map(image: Images, truth: Images) -> Float64[np.ndarray, "*frames H W C
     return luminance * (2 * covariance + c2) / (variance_x + variance_y + c2)
 
 
+def sharpness(video: Images, truth: Images) -> Float64[np.ndarray, "*frames"]:
+    """Give the energy of a video's gradients over that of the truth's, per frame.
+
+    1 is as sharp as the truth, less is blurred. Noise has gradients too: read it beside
+    `gradient_cosine`. NaN for a frame whose truth is flat, where nothing can be sharp.
+    """
+    _check_alike(video, truth)
+    ours, theirs = _gradients(video), _gradients(truth)
+    return _ratio(_dot(ours, ours), _dot(theirs, theirs))
+
+
+def gradient_cosine(video: Images, truth: Images) -> Float64[np.ndarray, "*frames"]:
+    """Give the cosine between the gradients of a video and the truth's, per frame.
+
+    1 where every edge is the truth's up to one factor, about 0 for noise. A flat frame
+    has no edge of the truth and gets 0; NaN where the truth itself is flat.
+    """
+    _check_alike(video, truth)
+    ours, theirs = _gradients(video), _gradients(truth)
+    energy = _dot(theirs, theirs)
+    both = np.sqrt(_dot(ours, ours) * energy)
+    cosine = np.divide(
+        _dot(ours, theirs), both, out=np.zeros_like(both), where=both > 0
+    )
+    return np.where(energy > 0, cosine, np.nan)
+
+
+def mean_defined(values: Float[np.ndarray, "*rows n"]) -> Float64[np.ndarray, "*rows"]:
+    """Average the last axis over what is not NaN; NaN if all of it is."""
+    defined = ~np.isnan(values)
+    total = np.sum(values, axis=-1, where=defined)
+    return _ratio(np.asarray(total, np.float64), defined.sum(axis=-1))
+
+
 def fit_colours(
     source: UInt8[np.ndarray, "H W C"] | Float[np.ndarray, "H W C"],
     target: UInt8[np.ndarray, "H W C"] | Float[np.ndarray, "H W C"],
@@ -164,6 +198,18 @@ def _squared_error(image, truth, mask):
     else:
         squares, counts = squares * mask, channels * mask.sum(axis=(-2, -1))
     return squares.sum(axis=(-2, -1)), np.asarray(counts)
+
+
+def _gradients(images: np.ndarray) -> list[np.ndarray]:
+    """Give differences between neighbours, down and to the right."""
+    unit = _unit(images)
+    return [np.diff(unit, axis=axis) for axis in (-3, -2)]
+
+
+def _dot(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
+    """Multiply gradients of frames and add up, from both directions."""
+    pairs = zip(a, b, strict=True)
+    return np.asarray(sum(np.einsum("...HWC,...HWC->...", x, y) for x, y in pairs))
 
 
 def _ratio(
