@@ -38,7 +38,7 @@ from cityrag_jax.metrics.image import (
 )
 from cityrag_jax.parallel import loading_dtype
 from cityrag_jax.rollout import Generator, decode
-from cityrag_jax.sampling import read_sampler
+from cityrag_jax.sampling import drop, read_sampler
 from cityrag_jax.training.examples import clip_config, open_cities
 
 Videos = UInt8[np.ndarray, "B T H W 3"]
@@ -58,19 +58,19 @@ def make_videos(
 ) -> dict[str, Callable[[], Videos]]:
     """Name the ways to fill a batch of clips, the model's and the baselines'.
 
-    What the model is given is encoded once and shared.
+    What the model is given is encoded once and shared, and so is the sampler's program.
     """
     own = generator.encode(clips)
 
-    def model(pose: bool = True, geo: bool = True, conditions: Conditions = own):
-        return lambda: generator.sample(conditions, clips, seed, pose=pose, geo=geo)
+    def model(conditions: Conditions) -> Callable[[], Videos]:
+        return lambda: generator.sample(conditions, clips, seed)
 
     return {
-        FULL: model(),
-        POSE_ALONE: model(geo=False),
-        GEO_ALONE: model(pose=False),
-        NEITHER: model(pose=False, geo=False),
-        ELSEWHERE: model(conditions=swap_places(own)),
+        FULL: model(own),
+        POSE_ALONE: model(drop(own, "geo")),
+        GEO_ALONE: model(drop(own, "pose")),
+        NEITHER: model(drop(own, "pose", "geo")),
+        ELSEWHERE: model(swap_places(own)),
         "first frame repeated": lambda: np.repeat(
             clips.frames[:, :1], clips.frames.shape[1], axis=1
         ),

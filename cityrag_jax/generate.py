@@ -36,8 +36,6 @@ from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
 
-CONDITIONS = ("pose", "geo")
-
 
 def fit_photo(
     photo: UInt8[np.ndarray, "h w 3"], height: int, width: int
@@ -111,9 +109,7 @@ def generate(
 
     `text` holds the rows of a prompt in the place of the checkpoint's.
     """
-    unknown = set(without) - set(CONDITIONS)
-    if unknown:
-        raise ValueError(f"--without={','.join(unknown)}: choose of {CONDITIONS}.")
+    sampler = read_sampler(config.sample, without)
     clips = clip_config(config.data)
     limits = dict(radius_m=float(config.sample.radius_m))
     retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
@@ -121,14 +117,12 @@ def generate(
     if text is not None:
         bundle = with_text(bundle, text)
     return rollout(
-        Generator(bundle, read_sampler(config.sample)),
+        Generator(bundle, sampler),
         city,
         fit_photo(photo, clips.height, clips.width),
         ecef_from_camera,
         clips,
         seed=seed,
-        pose="pose" not in without,
-        geo="geo" not in without,
         limits=limits,
         progress=lambda parts: tqdm.tqdm(parts, desc="generating", unit="clip"),
     )

@@ -7,22 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_city
+from test_sampling import model_of_no_zeros
 from test_train import get_config
 
 from cityrag_jax import evaluate as door
 from cityrag_jax.batch import Clip, Conditions
-from cityrag_jax.checkpoint import Bundle, abstract_model, describe
+from cityrag_jax.checkpoint import Bundle, abstract_model, describe, new_model
 from cityrag_jax.evaluate import (
+    ELSEWHERE,
     FULL,
+    GEO_ALONE,
+    NEITHER,
     POSE_ALONE,
     RECOLOURED,
     fit_length,
+    make_videos,
     read_clips,
     recolour,
     score,
     swap_places,
 )
 from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.rollout import Generator
+from cityrag_jax.sampling import Sampler, denoise
 from cityrag_jax.training.examples import open_cities
 
 
@@ -136,6 +143,25 @@ def test_sharpness_is_averaged_over_frames_whose_truth_is_not_flat(clips):
     figures = score(truth // 2, truth)
     np.testing.assert_allclose(figures["sharpness"], [0.25] * 3)
     np.testing.assert_allclose(figures["gradient cosine"], [1] * 3)
+
+
+def test_one_program_serves_all_ways_to_fill_a_clip(clips):
+    """Compiling takes longer than sampling; the videos are those of other programs.
+
+    One step of 255: latents agree to 1e-5, which may be rounded apart.
+    """
+    vae = new_model(describe(WanVAE, VAEConfig(base_dim=4)), 0)
+    modules = {"vae": vae, "transformer": model_of_no_zeros()}
+    bundle = Bundle(modules, {}, np.ones((1, 8), np.float32))
+    ways = make_videos(Generator(bundle, Sampler(3)), clips, 0)
+    names = (FULL, POSE_ALONE, GEO_ALONE, NEITHER, ELSEWHERE)
+    before = denoise._cache_size()
+    made = {name: ways[name]().astype(int) for name in names}
+    assert denoise._cache_size() == before + 1
+    for name, left_out in {POSE_ALONE: ("geo",), NEITHER: ("pose", "geo")}.items():
+        other = Generator(bundle, Sampler(3, without=left_out))(clips, 0)
+        np.testing.assert_allclose(made[name], other, atol=1)
+        assert np.abs(made[name] - made[FULL]).max() > 1
 
 
 @pytest.fixture(scope="module")
