@@ -31,7 +31,7 @@ from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.path_files import parse_path
 from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
-from cityrag_jax.parallel import loading_dtype
+from cityrag_jax.parallel import keep_compilations, loading_dtype
 from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
@@ -137,8 +137,7 @@ def write_rollout(
     facts: dict,
 ) -> Path:
     """Write video, conditions, pictures and the sidecar, which comes last."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = report.open_folder(out)
     fps = float(facts["fps"])
     write_video(out / "video.mp4", made.frames, fps)
     write_video(out / "conditions.mp4", np.concatenate(made.conditions), fps)
@@ -155,9 +154,7 @@ def write_rollout(
         "captures": captures.tolist(),
         "sources": sources(city, captures),
     }
-    temporary = out / "generate.json.tmp"
-    temporary.write_text(json.dumps(sidecar, indent=1) + "\n")
-    temporary.replace(out / "generate.json")
+    report.write_text(out / "generate.json", json.dumps(sidecar, indent=1) + "\n")
     return out / "video.mp4"
 
 
@@ -202,14 +199,15 @@ def main(_) -> None:
     """Check the inputs, generate, and write the results."""
     given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
+    keep_compilations()
     config = given.config
     try:
+        report.open_folder(given.out)
         city = City(given.city)
         photo = read_image(given.image)
         poses = read_path(given.path, city, float(config.sample.spacing_m))
         without = tuple(name for name in given.without if name)
         text = None if given.text is None else read_text(given.text)
-        Path(given.out).mkdir(parents=True, exist_ok=True)
         made = generate(
             config,
             given.checkpoint,

@@ -1,5 +1,7 @@
 """Pictures and tables for people: strips of videos, sheets, maps, figures."""
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +15,30 @@ BACKGROUND = 255
 
 Image = UInt8[np.ndarray, "H W 3"]
 Video = UInt8[np.ndarray, "T H W 3"]
+
+
+def open_folder(path: Path | str) -> Path:
+    """Make a folder and try to write there, before anything is computed for it.
+
+    Raises ValueError where that fails.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written to ({error.strerror}); choose another folder."
+        ) from error
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, over one that may be there."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def label(image: Image, text: str) -> UInt8[np.ndarray, "_ W 3"]:

@@ -1,6 +1,8 @@
 """Baselines and figures of the evaluation, from known errors."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -216,3 +218,51 @@ def test_a_table_of_all_clips_is_written(folder, tmp_path, monkeypatch):
     assert stored["mean"] == means
     assert len(stored["clips"][RECOLOURED]["PSNR"]) == 4
     assert (tmp_path / "out" / "examples.png").exists()
+
+
+def test_rows_are_written_as_they_come(folder, tmp_path, monkeypatch):
+    """After each way of the first batch and after each batch, in the table's order."""
+    vae = abstract_model(describe(WanVAE, VAEConfig(base_dim=4)))
+    bundle = Bundle({"vae": vae, "transformer": vae}, {}, np.zeros((1, 8)))
+    out, seen = tmp_path / "out", []
+
+    def make_videos(_, clips, seed):
+        def look(bit):
+            table = out / "table.md"
+            lines = table.read_text().splitlines() if table.exists() else []
+            seen.append([line.split(" | ")[0].strip("| ") for line in lines])
+            return clips.frames ^ bit
+
+        return {way: lambda: look(1) for way in (FULL, RECOLOURED, POSE_ALONE)}
+
+    monkeypatch.setattr(door, "latest_model", lambda *_, **__: bundle)
+    monkeypatch.setattr(door, "make_videos", make_videos)
+    config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
+    door.evaluate(config, "model", str(folder), out)
+    title = "2 of 4 unseen clips, PSNR in dB"
+    rows = [line[2:] for line in seen]
+    assert rows[:3] == [[], [FULL], [FULL, RECOLOURED]]
+    assert rows[3:] == [[FULL, POSE_ALONE, RECOLOURED]] * 3
+    assert all(line[0] == title for line in seen[1:])
+    assert (out / "table.md").read_text().startswith("| 4 unseen clips, PSNR in dB |")
+    names = {path.name for path in out.iterdir()}
+    assert names == {"table.md", "table.json", "examples.png"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path):
+    """In one line, before cities and models are looked for."""
+    (tmp_path / "out").write_text("a file")
+    config = training_city.ROOT / "configs" / "toy_city.py"
+    given = dict(config=config, checkpoint="x", city="x", out=tmp_path / "out")
+    ended = subprocess.run(
+        [sys.executable, "-m", "cityrag_jax.evaluate"]
+        + [f"--{name}={value}" for name, value in given.items()],
+        cwd=training_city.ROOT,
+        env=training_city.environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path}/out cannot be written to")
+    assert "Traceback" not in ended.stderr

@@ -207,6 +207,7 @@ def test_the_command_line_ends_in_one_line_of_error(tmp_path):
     ended = subprocess.run(
         command + [f"--{name}={value}" for name, value in given.items()],
         cwd=training_city.ROOT,
+        env=training_city.environment(tmp_path),
         capture_output=True,
         text=True,
     )
