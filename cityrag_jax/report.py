@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 
 LABEL_HEIGHT = 18
 BACKGROUND = 255
+QUALITIES = (90, 80, 70, 60, 50, 40, 30, 20, 10)  # of animations, best first
 
 Image = UInt8[np.ndarray, "H W 3"]
 Video = UInt8[np.ndarray, "T H W 3"]
@@ -83,6 +84,48 @@ def sheet(
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
     return canvas
+
+
+def animate(
+    path: Path | str,
+    videos: Mapping[str, Video],
+    count: int,
+    *,
+    fps: float,
+    columns: int = 3,
+    scale: int = 2,
+    most_bytes: int = 2 * 2**20,
+) -> Path:
+    """Play videos side by side for ever, each under its name, as an animated WebP.
+
+    All play `count` frames, evenly spaced ones if they have more, and are enlarged.
+    Raises ValueError if no quality brings the file below `most_bytes`.
+    """
+    film = cv2.Animation()
+    film.frames = [_moment(videos, t, columns, scale) for t in np.linspace(0, 1, count)]
+    film.durations = [round(1000 / fps)] * count
+    for quality in QUALITIES:
+        settings = [cv2.IMWRITE_WEBP_QUALITY, quality]
+        _, content = cv2.imencodeanimation(".webp", film, settings)
+        if content.nbytes < most_bytes:
+            path = Path(path)
+            path.write_bytes(content.tobytes())
+            return path
+    raise ValueError(
+        f"{path} takes {content.nbytes} bytes at the lowest quality, more than "
+        f"{most_bytes}; play fewer frames or at a smaller scale."
+    )
+
+
+def _moment(videos, share, columns, scale):
+    """Draw all videos at a share of their length, for OpenCV: blue first."""
+    images = []
+    for name, video in videos.items():
+        frame = video[round(share * (len(video) - 1))]
+        size = (scale * frame.shape[1], scale * frame.shape[0])
+        large = cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC)
+        images.append(label(large, name))
+    return np.ascontiguousarray(sheet(images, columns, gap=4)[..., ::-1])
 
 
 def table(
