@@ -32,11 +32,10 @@ from cityrag_jax.data.video import write_image
 from cityrag_jax.encode import encode_target
 from cityrag_jax.metrics.image import (
     clip_psnr,
-    gradient_cosine,
+    compare_gradients,
     mean_defined,
     psnr,
     recolour_condition,
-    sharpness,
 )
 from cityrag_jax.parallel import keep_compilations, loading_dtype
 from cityrag_jax.rollout import Generator, decode
@@ -131,13 +130,14 @@ def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
     quarter = truth.shape[1] // 4
     video, truth = video[:, 1:], truth[:, 1:]
     frames = psnr(video, truth)
+    energy, cosine = compare_gradients(video, truth)
     pairs = zip(video, truth, strict=True)
     return {
         "PSNR": frames.mean(axis=1),
         "of clip": np.array([clip_psnr(v, t) for v, t in pairs]),
         "last quarter": frames[:, -quarter:].mean(axis=1),
-        "sharpness": mean_defined(sharpness(video, truth)),
-        "gradient cosine": mean_defined(gradient_cosine(video, truth)),
+        "sharpness": mean_defined(energy),
+        "gradient cosine": mean_defined(cosine),
     }
 
 
@@ -166,7 +166,7 @@ class Table:
         }
 
     def __str__(self) -> str:
-        count = len(self.scores[FULL]["PSNR"])
+        count = len(next(iter(self.scores.values()))["PSNR"])
         of = "" if count == self.wanted else f" of {self.wanted}"
         title = f"{count}{of} unseen clips, PSNR in dB"
         return report.table(self.means(), title, DECIMALS)

@@ -93,9 +93,7 @@ def sharpness(video: Images, truth: Images) -> Float64[np.ndarray, "*frames"]:
     1 is as sharp as the truth, less is blurred. Noise has gradients too: read it beside
     `gradient_cosine`. NaN for a frame whose truth is flat, where nothing can be sharp.
     """
-    _check_alike(video, truth)
-    ours, theirs = _gradients(video), _gradients(truth)
-    return _ratio(_dot(ours, ours), _dot(theirs, theirs))
+    return compare_gradients(video, truth)[0]
 
 
 def gradient_cosine(video: Images, truth: Images) -> Float64[np.ndarray, "*frames"]:
@@ -104,14 +102,24 @@ def gradient_cosine(video: Images, truth: Images) -> Float64[np.ndarray, "*frame
     1 where every edge is the truth's up to one factor, about 0 for noise. A flat frame
     has no edge of the truth and gets 0; NaN where the truth itself is flat.
     """
+    return compare_gradients(video, truth)[1]
+
+
+def compare_gradients(
+    video: Images, truth: Images
+) -> tuple[Float64[np.ndarray, "*frames"], Float64[np.ndarray, "*frames"]]:
+    """Give `sharpness` and `gradient_cosine`, from one look at every frame.
+
+    Gradients are differences of neighbours, down and to the right.
+    """
     _check_alike(video, truth)
-    ours, theirs = _gradients(video), _gradients(truth)
-    energy = _dot(theirs, theirs)
-    both = np.sqrt(_dot(ours, ours) * energy)
-    cosine = np.divide(
-        _dot(ours, theirs), both, out=np.zeros_like(both), where=both > 0
-    )
-    return np.where(energy > 0, cosine, np.nan)
+    shape, frame = video.shape[:-3], video.shape[-3:]
+    pairs = zip(video.reshape(-1, *frame), truth.reshape(-1, *frame), strict=True)
+    products = np.array([_products(*pair) for pair in pairs]).reshape(*shape, 3)
+    ours, both, theirs = np.moveaxis(products, -1, 0)
+    norms = np.sqrt(ours * theirs)
+    cosine = np.divide(both, norms, out=np.zeros_like(norms), where=norms > 0)
+    return _ratio(ours, theirs), np.where(theirs > 0, cosine, np.nan)
 
 
 def mean_defined(values: Float[np.ndarray, "*rows n"]) -> Float64[np.ndarray, "*rows"]:
@@ -200,16 +208,15 @@ def _squared_error(image, truth, mask):
     return squares.sum(axis=(-2, -1)), np.asarray(counts)
 
 
-def _gradients(images: np.ndarray) -> list[np.ndarray]:
-    """Give differences between neighbours, down and to the right."""
-    unit = _unit(images)
-    return [np.diff(unit, axis=axis) for axis in (-3, -2)]
-
-
-def _dot(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
-    """Multiply gradients of frames and add up, from both directions."""
-    pairs = zip(a, b, strict=True)
-    return np.asarray(sum(np.einsum("...HWC,...HWC->...", x, y) for x, y in pairs))
+def _products(image: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Multiply the gradients of two frames: own energy, both, the truth's energy."""
+    whole = image.dtype == truth.dtype == np.uint8  # exact, and quicker
+    x, y = (a.astype(np.int32) if whole else _unit(a) for a in (image, truth))
+    steps = [(np.diff(x, axis=k), np.diff(y, axis=k)) for k in (0, 1)]
+    pairs = [[(dx, dx), (dx, dy), (dy, dy)] for dx, dy in steps]
+    return [
+        sum(float((a * b).sum()) for a, b in kind) for kind in zip(*pairs, strict=True)
+    ]
 
 
 def _ratio(
