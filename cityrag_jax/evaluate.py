@@ -143,7 +143,10 @@ def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
 
 @dataclasses.dataclass
 class Table:
-    """Figures of every clip, by way and metric, written to a folder as they come."""
+    """Figures of every clip, by way and metric, written to a folder as they come.
+
+    `wanted` counts the clips there will be in the end.
+    """
 
     folder: Path
     wanted: int
