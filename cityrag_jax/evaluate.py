@@ -5,12 +5,14 @@
 
 Every clip is generated from the same noise with both conditions, with each alone, with
 neither, and with the condition of another place. OUT will hold table.md, table.json
-with every clip's figures, and examples.png. Streets, and in held-out cities everything,
-were never trained on; clips turn at least `eval.min_rotation_deg`.
+with every clip's figures, and examples.png: the table from its first row on, of the
+clips scored so far. Streets, and in held-out cities everything, were never trained on;
+clips turn at least `eval.min_rotation_deg`.
 """
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +30,16 @@ from cityrag_jax.checkpoint import latest_model
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
 from cityrag_jax.encode import encode_target
-from cityrag_jax.metrics.image import clip_psnr, psnr, recolour_condition
-from cityrag_jax.parallel import loading_dtype
+from cityrag_jax.metrics.image import (
+    clip_psnr,
+    compare_gradients,
+    mean_defined,
+    psnr,
+    recolour_condition,
+)
+from cityrag_jax.parallel import keep_compilations, loading_dtype
 from cityrag_jax.rollout import Generator, decode
-from cityrag_jax.sampling import read_sampler
+from cityrag_jax.sampling import drop, read_sampler
 from cityrag_jax.training.examples import clip_config, open_cities
 
 Videos = UInt8[np.ndarray, "B T H W 3"]
@@ -40,9 +48,16 @@ POSE_ALONE = "trajectory alone"
 GEO_ALONE = "geo alone"
 NEITHER = "neither"
 ELSEWHERE = "geo of another place + trajectory"
+FROZEN = "first frame repeated"
+RETRIEVED = "condition as it is"
 RECOLOURED = "condition, colours fitted to frame 0"
 CEILING = "autoencoder alone"
+ROWS = (
+    *(FULL, POSE_ALONE, GEO_ALONE, NEITHER, ELSEWHERE),
+    *(FROZEN, RETRIEVED, RECOLOURED, CEILING),
+)
 EXAMPLES = 4
+DECIMALS = {"gradient cosine": 3}
 
 
 def make_videos(
@@ -50,25 +65,24 @@ def make_videos(
 ) -> dict[str, Callable[[], Videos]]:
     """Name the ways to fill a batch of clips, the model's and the baselines'.
 
-    What the model is given is encoded once and shared.
+    Those to be seen first come first. What the model is given is encoded once and
+    shared, and so is the sampler's program.
     """
     own = generator.encode(clips)
 
-    def model(pose: bool = True, geo: bool = True, conditions: Conditions = own):
-        return lambda: generator.sample(conditions, clips, seed, pose=pose, geo=geo)
+    def model(conditions: Conditions) -> Callable[[], Videos]:
+        return lambda: generator.sample(conditions, clips, seed)
 
     return {
-        FULL: model(),
-        POSE_ALONE: model(geo=False),
-        GEO_ALONE: model(pose=False),
-        NEITHER: model(pose=False, geo=False),
-        ELSEWHERE: model(conditions=swap_places(own)),
-        "first frame repeated": lambda: np.repeat(
-            clips.frames[:, :1], clips.frames.shape[1], axis=1
-        ),
-        "condition as it is": lambda: fit_length(clips),
+        FULL: model(own),
+        POSE_ALONE: model(drop(own, "geo")),
         RECOLOURED: lambda: recolour(clips),
         CEILING: lambda: reconstruct(generator, clips),
+        GEO_ALONE: model(drop(own, "pose")),
+        NEITHER: model(drop(own, "pose", "geo")),
+        ELSEWHERE: model(swap_places(own)),
+        FROZEN: lambda: np.repeat(clips.frames[:, :1], clips.frames.shape[1], axis=1),
+        RETRIEVED: lambda: fit_length(clips),
     }
 
 
@@ -107,46 +121,99 @@ def reconstruct(generator: Generator, clips: Clip) -> Videos:
 
 
 def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
-    """Give PSNR in dB of every clip, frame 0 (which is given) not counted.
+    """Give the figures of every clip, frame 0 (which is given) not counted.
 
-    `PSNR` is the mean over frames, `of clip` from the clip's mean squared error,
-    `last quarter` the mean over the frames farthest from the given one.
+    `PSNR` in dB is the mean over frames, `of clip` from the clip's mean squared error,
+    `last quarter` the mean over the frames farthest from the given one. `sharpness` and
+    `gradient cosine` are means over the frames whose truth is not flat.
     """
-    frames = psnr(video[:, 1:], truth[:, 1:])
-    pairs = list(zip(video[:, 1:], truth[:, 1:], strict=True))
+    quarter = truth.shape[1] // 4
+    video, truth = video[:, 1:], truth[:, 1:]
+    frames = psnr(video, truth)
+    energy, cosine = compare_gradients(video, truth)
+    pairs = zip(video, truth, strict=True)
     return {
         "PSNR": frames.mean(axis=1),
         "of clip": np.array([clip_psnr(v, t) for v, t in pairs]),
-        "last quarter": frames[:, -(truth.shape[1] // 4) :].mean(axis=1),
+        "last quarter": frames[:, -quarter:].mean(axis=1),
+        "sharpness": mean_defined(energy),
+        "gradient cosine": mean_defined(cosine),
     }
+
+
+@dataclasses.dataclass
+class Table:
+    """Figures of every clip, by way and metric, written to a folder as they come.
+
+    `wanted` counts the clips there will be in the end.
+    """
+
+    folder: Path
+    wanted: int
+    scores: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, way: str, figures: dict[str, Float64[np.ndarray, " B"]]) -> None:
+        """Add the figures of a batch of clips."""
+        row = self.scores.setdefault(way, {})
+        for metric, values in figures.items():
+            row.setdefault(metric, []).extend(values.tolist())
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Average over clips, rows in the table's order."""
+        return {
+            way: {
+                metric: float(mean_defined(np.array(values)))
+                for metric, values in self.scores[way].items()
+            }
+            for way in sorted(self.scores, key=ROWS.index)
+        }
+
+    def __str__(self) -> str:
+        count = len(next(iter(self.scores.values()))["PSNR"])
+        of = "" if count == self.wanted else f" of {self.wanted}"
+        title = f"{count}{of} unseen clips, PSNR in dB"
+        return report.table(self.means(), title, DECIMALS)
+
+    def write(self) -> None:
+        """Write table.md and table.json over the last ones."""
+        stored = {"mean": self.means(), "clips": self.scores}
+        report.write_text(self.folder / "table.json", json.dumps(stored))
+        report.write_text(self.folder / "table.md", f"{self}\n")
 
 
 def evaluate(
     config: ConfigDict, checkpoint: Path | str, cities: str, out: Path | str
 ) -> dict[str, dict[str, float]]:
-    """Score `eval.table_clips` held-out clips, write everything, give the means."""
-    sources = open_cities(cities)
-    clips = read_clips(config, sources)
+    """Score `eval.table_clips` held-out clips, write on the way, give the means.
+
+    The table is written after every row of the first batch, then after every batch.
+    """
+    began = time.monotonic()
+    table = Table(report.open_folder(out), config.eval.table_clips)
+    clips = read_clips(config, open_cities(cities))
     generator = Generator(
         latest_model(checkpoint, dtype=loading_dtype()), read_sampler(config.sample)
     )
-    scores: dict[str, dict[str, list]] = {}
-    examples = {}
     bar = tqdm.tqdm(clips, desc="scoring", unit="batch", dynamic_ncols=True)
-    for batch in bar:
-        for name, make in make_videos(generator, batch, config.eval.seed).items():
-            bar.set_postfix_str(name)
-            video = make()
-            examples.setdefault(name, video[:EXAMPLES])
-            row = scores.setdefault(name, {})
-            for metric, values in score(video, batch.frames).items():
-                row.setdefault(metric, []).extend(values.tolist())
-    means = {
-        name: {metric: float(np.mean(values)) for metric, values in row.items()}
-        for name, row in scores.items()
-    }
-    _write(Path(out), means, scores, examples, clips[0], config)
-    return means
+    for number, batch in enumerate(bar):
+        examples = {}
+        for way, make in make_videos(generator, batch, config.eval.seed).items():
+            bar.set_postfix_str(way)
+            examples[way] = make()
+            table.add(way, score(examples[way], batch.frames))
+            if number == 0:
+                table.write()
+                bar.write(f"{time.monotonic() - began:4.0f} s  {describe(table, way)}")
+        table.write()
+        if number == 0:
+            write_image(table.folder / "examples.png", draw(examples, batch))
+    return table.means()
+
+
+def describe(table: Table, way: str) -> str:
+    """Say in a line what a row of the table holds so far."""
+    figures = table.means()[way]
+    return ", ".join([way, *(f"{name} {x:.2f}" for name, x in figures.items())])
 
 
 def read_clips(config: ConfigDict, sources) -> list[Clip]:
@@ -172,34 +239,28 @@ def read_clips(config: ConfigDict, sources) -> list[Clip]:
     return [stack_clips(read[i : i + size]) for i in range(0, wanted, size)]
 
 
-def _write(out, means, scores, examples, first_batch, config):
-    out.mkdir(parents=True, exist_ok=True)
-    count = config.eval.table_clips
-    title = f"{count} unseen clips, PSNR in dB"
-    text = report.table(means, title)
-    (out / "table.md").write_text(text + "\n")
-    (out / "table.json").write_text(json.dumps({"mean": means, "clips": scores}))
-    shown = (FULL, POSE_ALONE, RECOLOURED)
+def draw(examples: dict[str, Videos], batch: Clip) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Draw the first clips: what was given, some of the ways, and the truth."""
     pictures = []
-    for i in range(min(EXAMPLES, len(first_batch.frames))):
-        condition = first_batch.condition[i][: first_batch.condition_length[i]]
-        rows = {"first image": first_batch.frames[i][:1], "retrieved": condition}
-        rows |= {name: examples[name][i] for name in shown}
-        rows |= {"truth": first_batch.frames[i]}
+    for i in range(min(EXAMPLES, len(batch.frames))):
+        condition = batch.condition[i][: batch.condition_length[i]]
+        rows = {"first image": batch.frames[i][:1], "retrieved": condition}
+        rows |= {way: examples[way][i] for way in (FULL, POSE_ALONE, RECOLOURED)}
+        rows |= {"truth": batch.frames[i]}
         pictures.append(report.side_by_side(rows))
-    write_image(out / "examples.png", report.sheet(pictures, 1, gap=12))
+    return report.sheet(pictures, 1, gap=12)
 
 
 def main(_) -> None:
     """Evaluate and print the table."""
     given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
+    keep_compilations()
     try:
-        means = evaluate(given.config, given.checkpoint, given.city, given.out)
+        evaluate(given.config, given.checkpoint, given.city, given.out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    count = given.config.eval.table_clips
-    print(report.table(means, f"{count} unseen clips, PSNR in dB"))
+    print(Path(given.out, "table.md").read_text(), end="")
     print(f"wrote {given.out}/table.md, table.json, examples.png")
 
 

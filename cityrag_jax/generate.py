@@ -31,12 +31,10 @@ from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.path_files import parse_path
 from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
-from cityrag_jax.parallel import loading_dtype
+from cityrag_jax.parallel import keep_compilations, loading_dtype
 from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
-
-CONDITIONS = ("pose", "geo")
 
 
 def fit_photo(
@@ -111,9 +109,7 @@ def generate(
 
     `text` holds the rows of a prompt in the place of the checkpoint's.
     """
-    unknown = set(without) - set(CONDITIONS)
-    if unknown:
-        raise ValueError(f"--without={','.join(unknown)}: choose of {CONDITIONS}.")
+    sampler = read_sampler(config.sample, without)
     clips = clip_config(config.data)
     limits = dict(radius_m=float(config.sample.radius_m))
     retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
@@ -121,14 +117,12 @@ def generate(
     if text is not None:
         bundle = with_text(bundle, text)
     return rollout(
-        Generator(bundle, read_sampler(config.sample)),
+        Generator(bundle, sampler),
         city,
         fit_photo(photo, clips.height, clips.width),
         ecef_from_camera,
         clips,
         seed=seed,
-        pose="pose" not in without,
-        geo="geo" not in without,
         limits=limits,
         progress=lambda parts: tqdm.tqdm(parts, desc="generating", unit="clip"),
     )
@@ -143,8 +137,7 @@ def write_rollout(
     facts: dict,
 ) -> Path:
     """Write video, conditions, pictures and the sidecar, which comes last."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = report.open_folder(out)
     fps = float(facts["fps"])
     write_video(out / "video.mp4", made.frames, fps)
     write_video(out / "conditions.mp4", np.concatenate(made.conditions), fps)
@@ -161,9 +154,7 @@ def write_rollout(
         "captures": captures.tolist(),
         "sources": sources(city, captures),
     }
-    temporary = out / "generate.json.tmp"
-    temporary.write_text(json.dumps(sidecar, indent=1) + "\n")
-    temporary.replace(out / "generate.json")
+    report.write_text(out / "generate.json", json.dumps(sidecar, indent=1) + "\n")
     return out / "video.mp4"
 
 
@@ -208,14 +199,15 @@ def main(_) -> None:
     """Check the inputs, generate, and write the results."""
     given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
+    keep_compilations()
     config = given.config
     try:
+        report.open_folder(given.out)
         city = City(given.city)
         photo = read_image(given.image)
         poses = read_path(given.path, city, float(config.sample.spacing_m))
         without = tuple(name for name in given.without if name)
         text = None if given.text is None else read_text(given.text)
-        Path(given.out).mkdir(parents=True, exist_ok=True)
         made = generate(
             config,
             given.checkpoint,

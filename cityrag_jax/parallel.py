@@ -7,17 +7,21 @@ in context (`jax.set_mesh`) every function here is the identity on one device.
 Sequence exchange after DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 MESH_AXES = ("data", "fsdp", "sequence")
+KEPT = Path("cityrag_jax", "xla")  # compiled programs, in the user's cache folder
 
 # Logical axis -> mesh axes. An axis that does not divide its dimension is dropped.
 RULES: dict[str, tuple[str, ...]] = {
@@ -110,6 +114,27 @@ def loading_dtype() -> DTypeLike | None:
     None elsewhere: what the model's config says.
     """
     return jnp.float32 if jax.default_backend() == "cpu" else None
+
+
+def keep_compilations() -> Path | None:
+    """Keep compiled programs for the next process: in the user's cache folder.
+
+    JAX_COMPILATION_CACHE_DIR names another one, JAX_ENABLE_COMPILATION_CACHE=0 keeps
+    nothing. JAX files a program by its code, the versions, the flags and the device, on
+    a CPU by its instruction set too: unlike machines may share a folder. Nothing is
+    ever thrown out of it, and deleting it is safe. Gives the folder, None if it cannot
+    be written to.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(jax.config.jax_compilation_cache_dir or cache / KEPT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logging.warning("%s; every run will compile its programs anew.", error)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return folder
 
 
 def exchange_heads(

@@ -1,7 +1,10 @@
 """Pictures and tables for people: strips of videos, sheets, maps, figures."""
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -9,9 +12,34 @@ from jaxtyping import Float, UInt8
 
 LABEL_HEIGHT = 18
 BACKGROUND = 255
+QUALITIES = (90, 80, 70, 60, 50, 40, 30, 20, 10)  # of animations, best first
 
 Image = UInt8[np.ndarray, "H W 3"]
 Video = UInt8[np.ndarray, "T H W 3"]
+
+
+def open_folder(path: Path | str) -> Path:
+    """Make a folder and try to write there, before anything is computed for it.
+
+    Raises ValueError where that fails.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written to ({error.strerror}); choose another folder."
+        ) from error
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, over one that may be there."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def label(image: Image, text: str) -> UInt8[np.ndarray, "_ W 3"]:
@@ -58,15 +86,64 @@ def sheet(
     return canvas
 
 
-def table(rows: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """Write figures as a Markdown table, one row a name, two decimals."""
+def animate(
+    path: Path | str,
+    videos: Mapping[str, Video],
+    count: int,
+    *,
+    fps: float,
+    columns: int = 3,
+    scale: int = 2,
+    most_bytes: int = 2 * 2**20,
+) -> Path:
+    """Play videos side by side for ever, each under its name, as an animated WebP.
+
+    All play `count` frames, evenly spaced ones if they have more, and are enlarged.
+    Raises ValueError if no quality brings the file below `most_bytes`.
+    """
+    film = cv2.Animation()
+    film.frames = [_moment(videos, t, columns, scale) for t in np.linspace(0, 1, count)]
+    film.durations = [round(1000 / fps)] * count
+    for quality in QUALITIES:
+        settings = [cv2.IMWRITE_WEBP_QUALITY, quality]
+        _, content = cv2.imencodeanimation(".webp", film, settings)
+        if content.nbytes < most_bytes:
+            path = Path(path)
+            path.write_bytes(content.tobytes())
+            return path
+    raise ValueError(
+        f"{path} takes {content.nbytes} bytes at the lowest quality, more than "
+        f"{most_bytes}; play fewer frames or at a smaller scale."
+    )
+
+
+def _moment(videos, share, columns, scale):
+    """Draw all videos at a share of their length, for OpenCV: blue first."""
+    images = []
+    for name, video in videos.items():
+        frame = video[round(share * (len(video) - 1))]
+        size = (scale * frame.shape[1], scale * frame.shape[0])
+        large = cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC)
+        images.append(label(large, name))
+    return np.ascontiguousarray(sheet(images, columns, gap=4)[..., ::-1])
+
+
+def table(
+    rows: Mapping[str, Mapping[str, float]],
+    title: str,
+    decimals: Mapping[str, int] = MappingProxyType({}),
+) -> str:
+    """Write figures as a Markdown table, one row a name.
+
+    Two decimals, or as many as `decimals` says for a column.
+    """
     names = list(next(iter(rows.values())))
     lines = [
         f"| {title} | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for row, figures in rows.items():
-        cells = " | ".join(f"{figures[name]:.2f}" for name in names)
+        cells = " | ".join(f"{figures[n]:.{decimals.get(n, 2)}f}" for n in names)
         lines.append(f"| {row} | {cells} |")
     return "\n".join(lines)
 

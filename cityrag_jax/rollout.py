@@ -21,7 +21,7 @@ from cityrag_jax.model.vae import WanVAE
 from cityrag_jax.sampling import Sampler, draw_noise
 
 # A `Generator`, or anything called like one: clips and a seed in, videos out.
-Generate = Callable[..., UInt8[np.ndarray, "B T H W 3"]]
+Generate = Callable[[Clip, int], UInt8[np.ndarray, "B T H W 3"]]
 
 encode = jax.jit(encode_conditions)
 
@@ -55,11 +55,9 @@ class Generator:
             needed.add("clip")
         return needed
 
-    def __call__(
-        self, clip: Clip, seed: int, *, pose: bool = True, geo: bool = True
-    ) -> UInt8[np.ndarray, "B T H W 3"]:
+    def __call__(self, clip: Clip, seed: int) -> UInt8[np.ndarray, "B T H W 3"]:
         """Generate a batch of clips; `frames[:, 0]` of each is its first image."""
-        return self.sample(self.encode(clip), clip, seed, pose=pose, geo=geo)
+        return self.sample(self.encode(clip), clip, seed)
 
     def encode(self, clip: Clip) -> Conditions:
         """Encode what is given of a batch of clips."""
@@ -71,16 +69,13 @@ class Generator:
         conditions: Conditions,
         clip: Clip,
         seed: int,
-        *,
-        pose: bool = True,
-        geo: bool = True,
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Generate clips from conditions, theirs or others; noise goes by their ids."""
         vae = self.bundle.modules["vae"]
         shape = conditions.first_frame.shape[1:4] + (vae.config.z_dim,)
         noise = draw_noise(jax.random.key(seed), clip.clip_id, shape)
         transformer = self.bundle.modules["transformer"]
-        latents = self.sampler(transformer, conditions, noise, pose=pose, geo=geo)
+        latents = self.sampler(transformer, conditions, noise)
         video = np.asarray(decode(vae, latents))
         return video[:, : clip.first_from_camera.shape[1]]
 
@@ -134,8 +129,6 @@ def rollout(
     config: ClipConfig,
     *,
     seed: int = 0,
-    pose: bool = True,
-    geo: bool = True,
     limits: dict | None = None,
     progress: Callable[[list], Iterable] = list,
 ) -> Rollout:
@@ -151,7 +144,7 @@ def rollout(
         clip = path_clip(
             city, video[-1][-1], ecef_from_camera[frames], captures, config, number
         )
-        made = generator(stack_clips([clip]), seed, pose=pose, geo=geo)[0]
+        made = generator(stack_clips([clip]), seed)[0]
         conditions.append(clip.condition[: clip.condition_length])
         video.append(made[1:])
     frames = np.concatenate(video)[: len(ecef_from_camera)]

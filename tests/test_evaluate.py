@@ -1,28 +1,37 @@
 """Baselines and figures of the evaluation, from known errors."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_city
+from test_sampling import model_of_no_zeros
 from test_train import get_config
 
 from cityrag_jax import evaluate as door
 from cityrag_jax.batch import Clip, Conditions
-from cityrag_jax.checkpoint import Bundle, abstract_model, describe
+from cityrag_jax.checkpoint import Bundle, abstract_model, describe, new_model
 from cityrag_jax.evaluate import (
+    ELSEWHERE,
     FULL,
+    GEO_ALONE,
+    NEITHER,
     POSE_ALONE,
     RECOLOURED,
     fit_length,
+    make_videos,
     read_clips,
     recolour,
     score,
     swap_places,
 )
 from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.rollout import Generator
+from cityrag_jax.sampling import Sampler, denoise
 from cityrag_jax.training.examples import open_cities
 
 
@@ -122,8 +131,39 @@ def test_known_errors_have_known_scores():
 def test_frame_0_does_not_count_and_equal_videos_are_infinitely_good(clips):
     video = clips.frames.copy()
     video[:, 0] = 255 - video[:, 0]
-    for values in score(video, clips.frames).values():
-        np.testing.assert_array_equal(values, [np.inf] * 3)
+    figures = score(video, clips.frames)
+    for name in ("PSNR", "of clip", "last quarter"):
+        np.testing.assert_array_equal(figures[name], [np.inf] * 3)
+    for name in ("sharpness", "gradient cosine"):
+        np.testing.assert_allclose(figures[name], [1] * 3, rtol=1e-12)
+
+
+def test_sharpness_is_averaged_over_frames_whose_truth_is_not_flat(clips):
+    """Half the contrast is a quarter of the energy; half the frames are flat."""
+    truth = 2 * (clips.frames // 4)
+    truth[:, ::2] = 50
+    figures = score(truth // 2, truth)
+    np.testing.assert_allclose(figures["sharpness"], [0.25] * 3)
+    np.testing.assert_allclose(figures["gradient cosine"], [1] * 3)
+
+
+def test_one_program_serves_all_ways_to_fill_a_clip(clips):
+    """Compiling takes longer than sampling; the videos are those of other programs.
+
+    One step of 255: latents agree to 1e-5, which may be rounded apart.
+    """
+    vae = new_model(describe(WanVAE, VAEConfig(base_dim=4)), 0)
+    modules = {"vae": vae, "transformer": model_of_no_zeros()}
+    bundle = Bundle(modules, {}, np.ones((1, 8), np.float32))
+    ways = make_videos(Generator(bundle, Sampler(3)), clips, 0)
+    names = (FULL, POSE_ALONE, GEO_ALONE, NEITHER, ELSEWHERE)
+    before = denoise._cache_size()
+    made = {name: ways[name]().astype(int) for name in names}
+    assert denoise._cache_size() == before + 1
+    for name, left_out in {POSE_ALONE: ("geo",), NEITHER: ("pose", "geo")}.items():
+        other = Generator(bundle, Sampler(3, without=left_out))(clips, 0)
+        np.testing.assert_allclose(made[name], other, atol=1)
+        assert np.abs(made[name] - made[FULL]).max() > 1
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +218,51 @@ def test_a_table_of_all_clips_is_written(folder, tmp_path, monkeypatch):
     assert stored["mean"] == means
     assert len(stored["clips"][RECOLOURED]["PSNR"]) == 4
     assert (tmp_path / "out" / "examples.png").exists()
+
+
+def test_rows_are_written_as_they_come(folder, tmp_path, monkeypatch):
+    """After each way of the first batch and after each batch, in the table's order."""
+    vae = abstract_model(describe(WanVAE, VAEConfig(base_dim=4)))
+    bundle = Bundle({"vae": vae, "transformer": vae}, {}, np.zeros((1, 8)))
+    out, seen = tmp_path / "out", []
+
+    def make_videos(_, clips, seed):
+        def look(bit):
+            table = out / "table.md"
+            lines = table.read_text().splitlines() if table.exists() else []
+            seen.append([line.split(" | ")[0].strip("| ") for line in lines])
+            return clips.frames ^ bit
+
+        return {way: lambda: look(1) for way in (FULL, RECOLOURED, POSE_ALONE)}
+
+    monkeypatch.setattr(door, "latest_model", lambda *_, **__: bundle)
+    monkeypatch.setattr(door, "make_videos", make_videos)
+    config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
+    door.evaluate(config, "model", str(folder), out)
+    title = "2 of 4 unseen clips, PSNR in dB"
+    rows = [line[2:] for line in seen]
+    assert rows[:3] == [[], [FULL], [FULL, RECOLOURED]]
+    assert rows[3:] == [[FULL, POSE_ALONE, RECOLOURED]] * 3
+    assert all(line[0] == title for line in seen[1:])
+    assert (out / "table.md").read_text().startswith("| 4 unseen clips, PSNR in dB |")
+    names = {path.name for path in out.iterdir()}
+    assert names == {"table.md", "table.json", "examples.png"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path):
+    """In one line, before cities and models are looked for."""
+    (tmp_path / "out").write_text("a file")
+    config = training_city.ROOT / "configs" / "toy_city.py"
+    given = dict(config=config, checkpoint="x", city="x", out=tmp_path / "out")
+    ended = subprocess.run(
+        [sys.executable, "-m", "cityrag_jax.evaluate"]
+        + [f"--{name}={value}" for name, value in given.items()],
+        cwd=training_city.ROOT,
+        env=training_city.environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path}/out cannot be written to")
+    assert "Traceback" not in ended.stderr

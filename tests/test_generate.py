@@ -164,7 +164,7 @@ def test_what_cannot_be_generated_is_refused_before_a_model_is_read(
 
     with monkeypatch.context() as patch:
         patch.setattr(door, "latest_model", never)
-        with pytest.raises(ValueError, match="--without=depth: choose of"):
+        with pytest.raises(ValueError, match="without=depth: choose of"):
             generate(config, tmp_path, city, photo, poses, without=("depth",))
         far = poses.copy()
         far[:, :3, 3] += 1000.0
@@ -207,6 +207,7 @@ def test_the_command_line_ends_in_one_line_of_error(tmp_path):
     ended = subprocess.run(
         command + [f"--{name}={value}" for name, value in given.items()],
         cwd=training_city.ROOT,
+        env=training_city.environment(tmp_path),
         capture_output=True,
         text=True,
     )

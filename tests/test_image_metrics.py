@@ -4,6 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cityrag_jax.metrics import image as metrics
@@ -170,3 +171,56 @@ def test_bad_images_are_refused(videos):
         metrics.static_mask()
     with pytest.raises(ValueError, match="no pixel"):
         metrics.fit_colours(noisy[0], truth[0], np.zeros((40, 52), bool))
+
+
+def test_a_video_is_as_sharp_as_itself_and_shares_all_of_its_gradients(videos):
+    _, truth = videos
+    np.testing.assert_allclose(metrics.sharpness(truth, truth), 1, rtol=1e-12)
+    np.testing.assert_allclose(metrics.gradient_cosine(truth, truth), 1, rtol=1e-12)
+
+
+def test_noise_is_not_sharpness(videos):
+    """It raises the energy of gradients, the more the stronger, but shares fewer."""
+    noisy, truth = videos
+    energies = metrics.sharpness(noisy, truth)
+    assert np.all(energies > 1) and energies[2] > energies[0]
+    cosines = metrics.gradient_cosine(noisy, truth)
+    assert np.all(cosines < 0.99) and cosines[2] < cosines[0]
+
+
+def test_a_blur_lowers_sharpness(videos):
+    noisy, _ = videos
+    blurred = gaussian_filter(noisy / 255, (0, 1.0, 1.0, 0))
+    assert np.all(metrics.sharpness(blurred, noisy / 255) < 0.5)
+
+
+def test_contrast_scales_sharpness_and_leaves_the_direction_of_gradients(videos):
+    """Half the contrast is a quarter of the energy, whatever the brightness."""
+    truth = videos[1] / 255
+    faint = 0.3 + truth / 2
+    np.testing.assert_allclose(metrics.sharpness(faint, truth), 0.25)
+    np.testing.assert_allclose(metrics.gradient_cosine(faint, truth), 1)
+    np.testing.assert_allclose(metrics.gradient_cosine(1 - truth, truth), -1)
+
+
+def test_gradients_are_differences_down_and_to_the_right():
+    """One white pixel of three channels in a corner: one step each way, 3 + 3."""
+    truth = np.zeros((12, 12, 3))
+    truth[0, 0] = 1
+    inside = np.zeros((12, 12, 3))
+    inside[5, 5] = 1
+    assert metrics.sharpness(inside, truth) == 2
+    assert metrics.gradient_cosine(inside, truth) == 0
+
+
+def test_flat_frames_have_no_gradients_to_share(videos):
+    """A flat truth says nothing of sharpness and is left out of a mean."""
+    _, truth = videos
+    flat = np.full_like(truth, 100)
+    np.testing.assert_array_equal(metrics.sharpness(flat, truth), [0] * 3)
+    np.testing.assert_array_equal(metrics.gradient_cosine(flat, truth), [0] * 3)
+    for measure in (metrics.sharpness, metrics.gradient_cosine):
+        assert np.all(np.isnan(measure(truth, flat)))
+        half = measure(truth, np.stack([truth[0], flat[1], truth[2]]))
+        assert metrics.mean_defined(half) == np.mean(half[[0, 2]])
+        assert np.isnan(metrics.mean_defined(measure(flat, flat)))

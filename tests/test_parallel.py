@@ -1,5 +1,9 @@
 """The mesh and the exchange: whatever is sharded equals what is not."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +105,36 @@ def test_heads_that_do_not_divide_are_refused():
     with jax.set_mesh(make_mesh(1, 1, 8)):
         with pytest.raises(ValueError, match="6 heads do not divide over .* = 8"):
             exchange_heads(attend, q, k, v, None)
+
+
+PROGRAM = """
+import jax
+from cityrag_jax.parallel import keep_compilations
+print(keep_compilations())
+jax.jit(lambda x: 2 * x + 1)(1.0)
+"""
+
+
+def run_program(**environment: str) -> str:
+    """Compile in another process; give what it printed, the kept folder's name."""
+    kept = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "XLA_FLAGS")
+    inherited = {k: v for k, v in os.environ.items() if k not in kept}
+    command = [sys.executable, "-c", PROGRAM]
+    ended = subprocess.run(
+        command, env=inherited | environment, capture_output=True, text=True, check=True
+    )
+    return ended.stdout.strip()
+
+
+def test_compiled_programs_are_kept_in_the_users_folder_or_the_named_one(tmp_path):
+    """And a second process adds none: it finds the first one's."""
+    kept = tmp_path / "home" / "cityrag_jax" / "xla"
+    assert run_program(XDG_CACHE_HOME=str(tmp_path / "home")) == str(kept)
+    programs = sorted(path.name for path in kept.iterdir())
+    assert any(name.startswith("jit__lambda") for name in programs)
+    run_program(XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert sorted(path.name for path in kept.iterdir()) == programs
+    named = str(tmp_path / "named")
+    assert run_program(JAX_COMPILATION_CACHE_DIR=named) == named
+    (tmp_path / "file").write_text("")
+    assert run_program(XDG_CACHE_HOME=str(tmp_path / "file")) == "None"

@@ -35,11 +35,10 @@ class Painter:
     """Keeps its clips, and answers with noise of seed and clip behind frame 0."""
 
     def __init__(self):
-        self.clips, self.kept = [], []
+        self.clips = []
 
-    def __call__(self, clip: Clip, seed: int, *, pose: bool = True, geo: bool = True):
+    def __call__(self, clip: Clip, seed: int):
         self.clips.append(jax.tree.map(lambda x: x[0], clip))
-        self.kept.append((pose, geo))
         rng = np.random.default_rng([seed, int(clip.clip_id[0])])
         frames = clip.first_from_camera.shape[1]
         made = rng.integers(256, size=(1, frames, *clip.frames.shape[2:]))
@@ -95,17 +94,16 @@ def test_equal_arguments_give_equal_bytes(city):
     assert not np.array_equal(made.frames[1:5], made.frames[5:9])
 
 
-def test_left_out_conditions_and_progress_reach_every_clip(city):
+def test_progress_is_shown_clip_by_clip(city):
     painter, shown = Painter(), []
 
     def progress(parts):
         for part in parts:
-            shown.append(part[0])
+            shown.append((part[0], len(painter.clips)))
             yield part
 
-    rollout(painter, city, FIRST, north(9), CONFIG, geo=False, progress=progress)
-    assert painter.kept == [(True, False)] * 2
-    assert shown == [0, 1]
+    rollout(painter, city, FIRST, north(9), CONFIG, progress=progress)
+    assert shown == [(0, 0), (1, 1)]
 
 
 def test_a_path_that_leaves_the_streets_names_city_and_clip(city):

@@ -1,5 +1,7 @@
 """The sampler against a slow loop, and what it must not depend on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from cityrag_jax.diffusion import unipc
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
-from cityrag_jax.sampling import Sampler, denoise, draw_noise, read_sampler
+from cityrag_jax.sampling import Sampler, denoise, draw_noise, drop, read_sampler
 
 TINY = DiTConfig(
     dim=32,
@@ -34,9 +36,8 @@ STEPS = 3
 JOINT = Sampler(STEPS, guidance="joint", scales=(2.5,))
 
 
-@pytest.fixture(scope="module")
-def model() -> WanDiT:
-    """A model in which nothing is zero: every condition changes its velocity."""
+def model_of_no_zeros() -> WanDiT:
+    """Make a model in which every condition changes the velocity."""
     branches = ((TrajectoryEncoder, dict(hidden=16)), (GeoBranch, {}))
     empty = abstract_model(describe(WanDiT, TINY, branches))
     rng = np.random.default_rng(0)
@@ -45,6 +46,11 @@ def model() -> WanDiT:
         for name, x in parameters(empty).items()
     }
     return with_parameters(empty, jax.tree.map(jnp.asarray, values))
+
+
+@pytest.fixture(scope="module")
+def model() -> WanDiT:
+    return model_of_no_zeros()
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +151,40 @@ def test_joint_guidance_of_scale_1_is_no_guidance(model, conditions, noise):
 
 def test_left_out_conditions_are_out_of_every_pass():
     """Joint guidance with nothing to guide is a single unconditional pass."""
-    ((weight, seen),) = JOINT.passes(pose=False, geo=False)
+    ((weight, seen),) = without("pose", "geo").passes()
     assert (weight, seen.pose, seen.geo) == (1.0, False, False)
-    assert all(not seen.geo for _, seen in JOINT.passes(geo=False))
-    assert any(seen.pose for _, seen in JOINT.passes(geo=False))
+    assert all(not seen.geo for _, seen in without("geo").passes())
+    assert any(seen.pose for _, seen in without("geo").passes())
+
+
+def without(*names: str) -> Sampler:
+    return dataclasses.replace(JOINT, without=names)
+
+
+def test_dropped_conditions_are_left_out_by_the_program_that_is_there(
+    model, conditions, noise
+):
+    """And make other latents, so that something was dropped.
+
+    Tolerance 1e-5 of latents of about 1: one pass more, whose weights add up to 0.
+    """
+    made = JOINT(model, conditions, noise)
+    compiled = denoise._cache_size()
+    ways = [("geo",), ("pose",), ("pose", "geo")]
+    dropped = [JOINT(model, drop(conditions, *way), noise) for way in ways]
+    assert denoise._cache_size() == compiled
+    for way, latents in zip(ways, dropped, strict=True):
+        left_out = without(*way)(model, conditions, noise)
+        scale = np.abs(left_out).max()
+        np.testing.assert_allclose(latents, left_out, rtol=0, atol=1e-5 * scale)
+        assert np.abs(latents - made).max() > 0.01 * scale
+
+
+def test_only_known_conditions_can_be_left_out(conditions):
+    with pytest.raises(ValueError, match="without=depth,text: choose of"):
+        without("text", "depth")
+    with pytest.raises(ValueError, match="without=depth: choose of"):
+        drop(conditions, "depth")
 
 
 def test_noise_of_a_clip_is_the_same_in_any_batch():
@@ -172,3 +208,4 @@ def test_text_guidance_asks_for_the_negative_prompt(model, conditions, noise):
 def test_sampler_is_read_off_a_config():
     sample = ConfigDict(dict(num_steps=7, shift=3, guidance="geo", scales=[2]))
     assert read_sampler(sample) == Sampler(7, 3.0, "geo", (2.0,))
+    assert not read_sampler(sample, ("geo",)).passes()[0][1].geo

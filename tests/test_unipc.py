@@ -18,9 +18,7 @@ from cityrag_jax.diffusion import unipc
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden/unipc.npz")
 SCHEDULES = sorted(
-    key.removesuffix("_sigmas")
-    for key in GOLDEN
-    if key.endswith("_sigmas") and not key.endswith("_dpmpp_sigmas")
+    key.removesuffix("_sigmas") for key in GOLDEN if key.endswith("_sigmas")
 )
 TRAJECTORIES = sorted(
     key.removeprefix("traj").removesuffix("_f32_x")

@@ -8,6 +8,7 @@ shipped weights, scores it, and trains on for two minutes to show the trainer.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import time
@@ -15,19 +16,27 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tqdm
 from absl import logging
+from jaxtyping import Float64, UInt8
+from ml_collections import ConfigDict
 
 from cityrag_jax import report
+from cityrag_jax.batch import Clip
+from cityrag_jax.checkpoint import latest_model
 from cityrag_jax.data import toy_city
 from cityrag_jax.data.build import build_toy_city
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
-from cityrag_jax.data.toy_render import render_views
-from cityrag_jax.data.toy_scene import draw_scene
+from cityrag_jax.data.toy_walk import CLEAR_DAY, film, sharpest_corner
 from cityrag_jax.data.video import write_image
-from cityrag_jax.generate import fit_photo, generate, read_path, write_rollout
-from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef, invert_rigid
-from cityrag_jax.metrics.image import clip_psnr, psnr, recolour_condition
+from cityrag_jax.evaluate import DECIMALS, FULL, POSE_ALONE, RECOLOURED, score
+from cityrag_jax.generate import fit_photo, read_path, write_rollout
+from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
+from cityrag_jax.metrics.image import recolour_condition
+from cityrag_jax.parallel import keep_compilations, loading_dtype
+from cityrag_jax.rollout import Generator, Rollout, rollout
+from cityrag_jax.sampling import drop, read_sampler
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 
@@ -35,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "configs" / "toy_city_weights"
 PATH_M = 24.0
 PHOTO_SCALE = 4
+BEHIND = f"behind {FULL}"
 # Four neighbourhoods of two streets, each driven twice: one neighbourhood is held out.
 PLAN = dict(
     neighbourhoods=2,
@@ -57,7 +67,7 @@ def read_config(path: Path, variant: str):
 def draw_path(config: toy_city.CityConfig, held_out: int, file: Path) -> None:
     """Write the GeoJSON of a path around the sharpest corner of a neighbourhood."""
     corners = [
-        sharpest_corner(drive)
+        sharpest_corner(drive, PATH_M)
         for drive in toy_city.drives(config)
         if drive.neighbourhood == held_out
     ]
@@ -70,120 +80,157 @@ def draw_path(config: toy_city.CityConfig, held_out: int, file: Path) -> None:
     file.write_text(json.dumps({"type": "LineString", "coordinates": rows}))
 
 
-def sharpest_corner(drive: toy_city.Drive) -> tuple[float, np.ndarray]:
-    """Give the sharpest turn within `PATH_M` of a drive, radians, and its places."""
-    places = drive.enu_from_camera[:, :3, 3]
-    along = np.concatenate(
-        [[0.0], np.cumsum(np.linalg.norm(np.diff(places, axis=0), axis=1))]
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """A photo, what it led to in truth, and the videos made with and without geo."""
+
+    photo: UInt8[np.ndarray, "h w 3"]
+    truth: UInt8[np.ndarray, "N H W 3"]
+    made: Rollout
+    blind: Rollout
+
+    @property
+    def first(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The photo at the videos' size."""
+        return fit_photo(self.photo, *self.truth.shape[1:3])
+
+    def rows(self) -> dict[str, UInt8[np.ndarray, "_ H W 3"]]:
+        """Lay out what was given, what was generated, and the truth."""
+        return {
+            "photo": self.first[None],
+            "retrieved": np.concatenate(self.made.conditions),
+            "generated, geo + trajectory": self.made.frames,
+            "generated, trajectory alone": self.blind.frames,
+            "truth": self.truth,
+        }
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Score all frames but the given one, and how far each is behind the first."""
+        views = np.concatenate(self.made.conditions)
+        views = views[np.minimum(np.arange(len(self.truth)), len(views) - 1)]
+        fitted = np.round(255 * recolour_condition(views, self.first))
+        videos = {FULL: self.made.frames, POSE_ALONE: self.blind.frames}
+        videos[RECOLOURED] = fitted.astype(np.uint8)
+        rows = {}
+        for way, video in videos.items():
+            figures = score(video[None], self.truth[None])
+            rows[way] = {name: float(values[0]) for name, values in figures.items()}
+            rows[way][BEHIND] = rows[FULL]["PSNR"] - rows[way]["PSNR"]
+        return rows
+
+
+def take_photo(
+    plan: toy_city.CityConfig,
+    generator: Generator,
+    city: City,
+    poses: Float64[np.ndarray, "N 4 4"],
+    config: ConfigDict,
+    seed: int,
+) -> Take:
+    """Take a photo, film on, and generate the film with the panoramas and without."""
+    clips = clip_config(config.data)
+    view = np.array([clips.height, clips.width])
+    photo = film(plan, seed, poses[:1], *(PHOTO_SCALE * view).tolist(), clips.fov_deg)
+    truth = film(plan, seed, poses, *view.tolist(), clips.fov_deg)
+
+    def without_geo(clip: Clip, seed: int):
+        return generator.sample(drop(generator.encode(clip), "geo"), clip, seed)
+
+    made, blind = (
+        rollout(
+            generate,
+            city,
+            fit_photo(photo[0], *view.tolist()),
+            poses,
+            clips,
+            limits=dict(radius_m=float(config.sample.radius_m)),
+            progress=lambda parts: tqdm.tqdm(parts, desc="generating", unit="clip"),
+        )
+        for generate in (generator, without_geo)
     )
-    forward = drive.enu_from_camera[:, :3, 2]
-    heading = np.unwrap(np.arctan2(forward[:, 0], forward[:, 1]))
-    starts = np.arange(0.0, along[-1] - PATH_M, 1.0)
-    before = np.interp(starts + 0.25 * PATH_M, along, heading)
-    turns = np.abs(np.interp(starts + 0.75 * PATH_M, along, heading) - before)
-    points = starts[np.argmax(turns)] + np.arange(0.0, PATH_M + 0.1, 2.0)
-    enu = np.stack([np.interp(points, along, places[:, k]) for k in range(3)], -1)
-    return float(turns.max()), enu
+    return Take(photo[0], truth, made, blind)
 
 
-def film(config: toy_city.CityConfig, ecef_from_camera, height, width, fov_deg):
-    """Render what a camera would see along the path on a drive that is not on disk."""
-    anchor = ecef_from_enu(config.latitude_deg, config.longitude_deg, config.height_m)
-    scene = draw_scene(
-        np.random.default_rng(5), "clear", config.latitude_deg, config.longitude_deg
-    )
-    times = float(scene.start_time_s) + 0.1 * np.arange(len(ecef_from_camera))
-    poses = invert_rigid(anchor) @ ecef_from_camera
-    return render_views(config, scene, poses, times, height, width, fov_deg).rgb
+def show(out: Path, take: Take, city: City, poses, config: ConfigDict) -> None:
+    """Write the videos and pictures of a photo."""
+    fps, clips = float(config.sample.fps), clip_config(config.data)
+    write_image(out / "photo.png", take.photo)
+    facts = dict(image="photo.png", path="path.geojson", fps=fps, jax=jax.__version__)
+    write_rollout(out, take.made, city, clips, poses, facts)
+    write_image(out / "side_by_side.png", report.side_by_side(take.rows()))
+    report.animate(out / "animation.webp", take.rows(), len(take.truth), fps=fps)
 
 
-def main() -> None:
-    """Run every step, saying what it does and how long it took."""
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--train-seconds", type=float, default=120.0)
-    given = parser.parse_args()
+    parser.add_argument(
+        "--train-seconds", type=float, default=120.0, help="0: do not train on"
+    )
+    parser.add_argument(
+        "--photo-seeds",
+        "--photo-seed",
+        type=lambda text: [int(seed) for seed in text.split(",")],
+        default=[CLEAR_DAY],
+        metavar="SEED[,SEED...]",
+        help="days on which the photo is taken; a table scores all of them, pictures "
+        f"show the first. {CLEAR_DAY} (default) is a clear day, any other seed draws "
+        "its weather among the others",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every step, saying what it does and how long it took."""
+    given = read_arguments()
+    out, seeds, began = report.open_folder(given.out), given.photo_seeds, time.time()
     logging.set_verbosity(logging.ERROR)
-    out, began = given.out, time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    keep_compilations()
     config = read_config(ROOT / "configs" / "toy_city.py", "demo")
-    clips = clip_config(config.data)
 
     def say(text: str) -> None:
-        print(f"\n[{time.monotonic() - began:4.0f} s] {text}", flush=True)
+        print(f"\n[{time.time() - began:4.0f} s] {text}", flush=True)
 
     folder = out / "city"
     say(f"A city of panoramas with poses on Earth, in {folder}")
-    toy = toy_city.city("honolulu", **PLAN)
+    plan = toy_city.city("honolulu", **PLAN)
     if not (folder / "city.json").exists():
-        build_toy_city(toy, folder, height=384, num_frames=clips.num_frames)
+        build_toy_city(plan, folder, height=384, num_frames=config.data.num_frames)
     city = City(folder)
     held_out = int(load_pairs(folder).evaluation.neighbourhood[0])
 
     say("A path around a corner, and a photo taken where it starts, another day")
-    draw_path(toy, held_out, out / "path.geojson")
+    draw_path(plan, held_out, out / "path.geojson")
     poses = read_path(out / "path.geojson", city, float(config.sample.spacing_m))
-    view = (clips.height, clips.width)
-    truth = film(toy, poses, *view, clips.fov_deg)
-    photo = film(toy, poses[:1], *(PHOTO_SCALE * n for n in view), clips.fov_deg)[0]
-    write_image(out / "photo.png", photo)
-
-    say(f"Generate {len(poses)} frames with the retrieved panoramas, and without")
-    made = generate(config, given.weights, city, photo, poses)
-    blind = generate(config, given.weights, city, photo, poses, without=("geo",))
-    facts = dict(image="photo.png", path="path.geojson", fps=config.sample.fps)
-    write_rollout(out, made, city, clips, poses, facts | {"jax": jax.__version__})
-
-    scores = score(made, blind, truth, fit_photo(photo, *view))
-    rows = {
-        "photo": photo_frame(photo, view),
-        "retrieved": np.concatenate(made.conditions),
-    }
-    rows |= {"generated, geo + trajectory": made.frames}
-    rows |= {"generated, trajectory alone": blind.frames, "truth": truth}
-    write_image(out / "side_by_side.png", report.side_by_side(rows))
-    table = report.table(scores, "PSNR in dB")
-    (out / "table.md").write_text(table + "\n")
+    bundle = latest_model(given.weights, dtype=loading_dtype())
+    generator = Generator(bundle, read_sampler(config.sample))
+    rows = {}
+    for seed in seeds:
+        say(f"Photo {seed}: {len(poses)} frames with retrieved panoramas, and without")
+        take = take_photo(plan, generator, city, poses, config, seed)
+        if seed == seeds[0]:
+            show(out, take, city, poses, config)
+        prefix = f"photo {seed}, " if len(seeds) > 1 else ""
+        rows |= {prefix + way: row for way, row in take.scores().items()}
+        table = report.table(rows, "PSNR in dB", DECIMALS)
+        report.write_text(out / "table.md", table + "\n")
     print(table)
 
-    say("Train on from the shipped weights for two minutes: losses and a progress bar")
-    config.data.city = str(folder)
-    config.train.init_from = str(given.weights)
-    config.train.max_seconds = given.train_seconds
-    workdir = out / f"training-{int(time.time())}"
-    train(config.lock(), workdir)
+    if given.train_seconds > 0:
+        say(f"Train on for {given.train_seconds:.0f} s: losses and a progress bar")
+        config.data.city = str(folder)
+        config.train.init_from = str(given.weights)
+        config.train.max_seconds = given.train_seconds
+        train(config.lock(), out / f"training-{int(time.time())}")
 
     say("Done. Look at:")
-    for name in ("side_by_side.png", "video.mp4", "conditions.mp4", "map.png"):
+    for name in ("animation.webp", "side_by_side.png", "video.mp4", "map.png"):
         print(f"  {out / name}")
-    print(NEXT.format(out=out))
-
-
-def photo_frame(photo, view):
-    """Give the photo as a video of one frame at the video's size."""
-    return fit_photo(photo, *view)[None]
-
-
-def score(made, blind, truth, first) -> dict[str, dict[str, float]]:
-    """Score the videos on all frames but the given one."""
-    longest = np.concatenate(made.conditions)
-    index = np.minimum(np.arange(len(truth)), len(longest) - 1)
-    fitted = recolour_condition(longest[index], first)
-    videos = {
-        "geo + trajectory": made.frames,
-        "trajectory alone": blind.frames,
-        "retrieved, colours fitted": np.round(255 * fitted).astype(np.uint8),
-    }
-    return {
-        name: {
-            "PSNR": float(psnr(video[1:], truth[1:]).mean()),
-            "of clip": clip_psnr(video[1:], truth[1:]),
-        }
-        for name, video in videos.items()
-    }
+    print(NEXT)
 
 
 NEXT = """
@@ -195,4 +242,7 @@ Next:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error

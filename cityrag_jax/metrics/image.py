@@ -1,4 +1,4 @@
-"""PSNR, SSIM and an affine colour fit, on the host in float64.
+"""PSNR, SSIM, sharpness and an affine colour fit, on the host in float64.
 
 Images are uint8 in [0, 255] or floats in [0, 1], channels last; both arguments of the
 same kind. Time and batch may lead: every function works on the last three axes, and
@@ -87,6 +87,48 @@ def ssim_map(image: Images, truth: Images) -> Float64[np.ndarray, "*frames H W C
     return luminance * (2 * covariance + c2) / (variance_x + variance_y + c2)
 
 
+def sharpness(video: Images, truth: Images) -> Float64[np.ndarray, "*frames"]:
+    """Give the energy of a video's gradients over that of the truth's, per frame.
+
+    1 is as sharp as the truth, less is blurred. Noise has gradients too: read it beside
+    `gradient_cosine`. NaN for a frame whose truth is flat, where nothing can be sharp.
+    """
+    return compare_gradients(video, truth)[0]
+
+
+def gradient_cosine(video: Images, truth: Images) -> Float64[np.ndarray, "*frames"]:
+    """Give the cosine between the gradients of a video and the truth's, per frame.
+
+    1 where every edge is the truth's up to one factor, about 0 for noise. A flat frame
+    has no edge of the truth and gets 0; NaN where the truth itself is flat.
+    """
+    return compare_gradients(video, truth)[1]
+
+
+def compare_gradients(
+    video: Images, truth: Images
+) -> tuple[Float64[np.ndarray, "*frames"], Float64[np.ndarray, "*frames"]]:
+    """Give `sharpness` and `gradient_cosine`, from one look at every frame.
+
+    Gradients are differences of neighbours, down and to the right.
+    """
+    _check_alike(video, truth)
+    shape, frame = video.shape[:-3], video.shape[-3:]
+    pairs = zip(video.reshape(-1, *frame), truth.reshape(-1, *frame), strict=True)
+    products = np.array([_products(*pair) for pair in pairs]).reshape(*shape, 3)
+    ours, both, theirs = np.moveaxis(products, -1, 0)
+    norms = np.sqrt(ours * theirs)
+    cosine = np.divide(both, norms, out=np.zeros_like(norms), where=norms > 0)
+    return _ratio(ours, theirs), np.where(theirs > 0, cosine, np.nan)
+
+
+def mean_defined(values: Float[np.ndarray, "*rows n"]) -> Float64[np.ndarray, "*rows"]:
+    """Average the last axis over what is not NaN; NaN if all of it is."""
+    defined = ~np.isnan(values)
+    total = np.sum(values, axis=-1, where=defined)
+    return _ratio(np.asarray(total, np.float64), defined.sum(axis=-1))
+
+
 def fit_colours(
     source: UInt8[np.ndarray, "H W C"] | Float[np.ndarray, "H W C"],
     target: UInt8[np.ndarray, "H W C"] | Float[np.ndarray, "H W C"],
@@ -164,6 +206,17 @@ def _squared_error(image, truth, mask):
     else:
         squares, counts = squares * mask, channels * mask.sum(axis=(-2, -1))
     return squares.sum(axis=(-2, -1)), np.asarray(counts)
+
+
+def _products(image: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Multiply the gradients of two frames: own energy, both, the truth's energy."""
+    whole = image.dtype == truth.dtype == np.uint8  # exact, and quicker
+    x, y = (a.astype(np.int32) if whole else _unit(a) for a in (image, truth))
+    steps = [(np.diff(x, axis=k), np.diff(y, axis=k)) for k in (0, 1)]
+    pairs = [[(dx, dx), (dx, dy), (dy, dy)] for dx, dy in steps]
+    return [
+        sum(float((a * b).sum()) for a, b in kind) for kind in zip(*pairs, strict=True)
+    ]
 
 
 def _ratio(
