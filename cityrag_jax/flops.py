@@ -300,10 +300,15 @@ def _self_attention_weights(config: DiTSizes, rows: int, itemsize: int) -> Cost:
 
 
 def _cross_attention(config: DiTSizes, tokens: int, batch: int, itemsize: int) -> Cost:
-    """q and o of the tokens; k, v and a softmax for the text and for the image."""
+    """q and o of the tokens; k, v and a softmax for the text and for the image.
+
+    A single row of text takes all the weight: only its v and o are computed.
+    """
     D, text = config.dim, config.text_len
-    cost = 2 * linear(batch * tokens, D, D, itemsize) + table(2 * D, itemsize)
-    cost += 2 * linear(batch * text, D, D, itemsize)
+    cost = 2 * linear(batch * text, D, D, itemsize) + table(2 * D, itemsize)
+    if text == 1 and config.image_dim is None:
+        return cost + Cost(parameters=2 * (D + 1) * D)
+    cost += 2 * linear(batch * tokens, D, D, itemsize)
     cost += _repeat(attention(tokens, text, D, itemsize), batch)
     if config.image_dim is not None:
         cost += 2 * linear(batch * IMAGE_TOKENS, D, D, itemsize) + table(D, itemsize)

@@ -39,10 +39,10 @@ from cityrag_jax.checkpoint import (
     save_bundle,
     stacked_parameters,
 )
-from cityrag_jax.parallel import loading_dtype, make_mesh
+from cityrag_jax.parallel import keep_compilations, loading_dtype, make_mesh
 from cityrag_jax.training.examples import (
+    Pool,
     draw_batch,
-    fill_pool,
     held_out_examples,
     open_cities,
     stream,
@@ -167,7 +167,7 @@ class _Training:
         while step < intervals.steps:
             state, metrics = update(state, next(examples))
             losses.add(step, metrics)
-            step += 1
+            step += config.train.updates_per_call
             if clock is None:
                 jax.block_until_ready(metrics)  # compilation does not count
                 clock = time.monotonic()
@@ -198,13 +198,11 @@ class _Training:
         size = config.train.batch_size
         loss = task.loss
         if config.train.pool:
-            pool = fill_pool(task, self.sources, config, self.mesh)
+            examples = Pool(task, self.sources, config, self.mesh, first)
 
             def loss(params, pool, step):
                 batch = draw_batch(pool, config.seed, step, size)
                 return task.loss(params, batch, step)
-
-            examples = _repeat(pool)
         else:
             clips = stream(self.sources, config, first, self.mesh)
             examples = (task.encode(clip) for clip in clips)
@@ -214,6 +212,7 @@ class _Training:
             self.labels,
             config.train.ema_decay,
             self.state_shardings,
+            config.train.updates_per_call,
         )
         return update, examples
 
@@ -251,39 +250,33 @@ class _Losses:
         self._bad = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._steps.append(step)
+        """Keep the metrics of the updates of one call, the first of them `step`."""
+        self._steps.extend(range(step, step + len(metrics["loss"])))
         self._metrics.append(metrics)
 
     def collect(self) -> dict[str, float]:
         """Average over the finite steps; raise after `patience` bad ones in a row."""
-        metrics = jax.device_get(self._metrics)
+        calls = jax.device_get(self._metrics)
+        metrics = {n: np.concatenate([call[n] for call in calls]) for n in calls[0]}
+        bad = metrics.pop("refused").astype(bool)
         steps = self._bad + self._steps
-        refused = [True] * len(self._bad) + [bool(m["refused"]) for m in metrics]
+        refused = [True] * len(self._bad) + bad.tolist()
         check_finite(steps, refused, self.patience)
         good = len(refused) - refused[::-1].index(False) if False in refused else 0
         self._bad = steps[good:]
         self.healthy = not self._bad
         mean = {
-            name: float(
-                np.mean([m[name] for m in metrics if not m["refused"]] or np.nan)
-            )
-            for name in metrics[0]
-            if name != "refused"
+            name: float(np.mean(x[~bad])) if not bad.all() else np.nan
+            for name, x in metrics.items()
         }
-        mean["refused"] = float(sum(bool(m["refused"]) for m in metrics))
         self._steps, self._metrics = [], []
-        return mean
+        return mean | {"refused": float(bad.sum())}
 
 
 def measure_held_out(measure, state: TrainState, batches: list[Examples]) -> float:
     """Average the held-out loss of the averaged parameters, if there are any."""
     losses = [measure(state.ema or state.params, batch) for batch in batches]
     return float(np.mean(np.concatenate(jax.device_get(losses))))
-
-
-def _repeat(x: Examples) -> Iterator[Examples]:
-    while True:
-        yield x
 
 
 def _with_shardings(abstract: TrainState, shardings: TrainState | None) -> TrainState:
@@ -336,6 +329,7 @@ def check_config(config: ConfigDict) -> None:
     )
     for name in ("steps", "log_interval", "checkpoint_interval", "keep", "patience"):
         require(t[name] >= 1, f"train.{name} is {t[name]}; it must be 1 or more.")
+    _check_calls(config, require)
     require(
         t.save_dtype in ("float32", "bfloat16"),
         f"train.save_dtype is {t.save_dtype!r}; choose float32 or bfloat16.",
@@ -351,6 +345,37 @@ def check_config(config: ConfigDict) -> None:
         problems.append(f"data: {error}")
     if problems:
         raise ValueError("The config does not work:\n  " + "\n  ".join(problems))
+
+
+def _check_calls(config, require):
+    """One call makes several updates from the pool, and joins whole batches to it."""
+    t = config.train
+    each = t.updates_per_call
+    require(each >= 1, f"train.updates_per_call is {each}; it must be 1 or more.")
+    require(
+        each == 1 or t.pool > 0,
+        f"train.updates_per_call is {each} but train.pool is 0: a stream gives one "
+        "batch for an update; use 1.",
+    )
+    intervals = {f"train.{n}": t[n] for n in _INTERVALS}
+    for name, value in (intervals | {"eval.interval": config.eval.interval}).items():
+        require(
+            each < 1 or value % each == 0,
+            f"{name} {value} is not a multiple of train.updates_per_call {each}.",
+        )
+    require(
+        t.fresh % t.encode_batch == 0,
+        f"train.fresh {t.fresh} is not a multiple of train.encode_batch "
+        f"{t.encode_batch}.",
+    )
+    require(
+        t.pool_start == 0 or t.pool_start >= t.batch_size,
+        f"train.pool_start {t.pool_start} is smaller than train.batch_size "
+        f"{t.batch_size}; use 0 to fill the pool at once.",
+    )
+
+
+_INTERVALS = ("steps", "log_interval", "checkpoint_interval")
 
 
 def _check_transformer(config, mesh, require):
@@ -459,6 +484,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
+    keep_compilations()
     config = _CONFIG.value
     if not isinstance(config, ConfigDict):
         sys.exit("error: the file given by --config cannot be read; does it exist?")

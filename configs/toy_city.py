@@ -47,10 +47,10 @@ def _gpu() -> ConfigDict:
     config.model.preset = ""
     config.model.transformer = ConfigDict(
         dict(
-            dim=256,
-            num_heads=8,
-            num_layers=5,
-            ffn_dim=640,
+            dim=384,
+            num_heads=6,
+            num_layers=7,
+            ffn_dim=768,
             in_channels=36,
             out_channels=16,
             freq_dim=128,
@@ -76,17 +76,23 @@ def _gpu() -> ConfigDict:
     config.optimizer.newton_schulz_dtype = "bfloat16"
 
     config.train = ConfigDict()
-    config.train.steps = 31_000
-    config.train.batch_size = 32
-    config.train.pool = 12_288
+    config.train.steps = 20_000
+    config.train.batch_size = 128
+    config.train.pool = 32_768
+    config.train.pool_start = 4096
+    config.train.fresh = 128  # clips that join the pool after a call, the oldest leave
+    config.train.encode_batch = 32
+    config.train.unroll_blocks = 7
+    config.train.updates_per_call = 50
     config.train.shift = 3.0
     config.train.drop_probability = 0.1
+    config.train.mismatch_probability = 0.04
     config.train.ema_decay = 0.998
     config.train.patience = 3
     config.train.max_seconds = 0.0
     config.train.init_from = ""
     config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
-    config.train.log_interval = 50
+    config.train.log_interval = 500
     config.train.checkpoint_interval = 5000
     config.train.keep = 2
     config.train.save_dtype = "bfloat16"
@@ -127,6 +133,11 @@ def _demo() -> dict:
         train=dict(
             batch_size=2,
             pool=12,  # encoding a clip takes some seconds
+            pool_start=0,
+            fresh=0,
+            encode_batch=2,
+            unroll_blocks=1,
+            updates_per_call=1,
             max_seconds=120.0,
             log_interval=1,
             checkpoint_interval=50,
@@ -148,6 +159,7 @@ def _test() -> dict:
         model=dict(
             transformer=dict(
                 dim=32,
+                num_heads=8,
                 num_layers=2,
                 ffn_dim=48,
                 freq_dim=32,
@@ -161,6 +173,11 @@ def _test() -> dict:
             steps=20,
             batch_size=4,
             pool=16,
+            pool_start=8,
+            fresh=4,
+            encode_batch=4,
+            unroll_blocks=1,
+            updates_per_call=1,
             log_interval=5,
             checkpoint_interval=5,
             save_dtype="float32",

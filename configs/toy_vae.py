@@ -66,10 +66,15 @@ def _gpu() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 5000
     config.train.batch_size = 8
-    config.train.pool = 2048
+    config.train.pool = 4096
+    config.train.pool_start = 1024
+    config.train.fresh = 32  # clips that join the pool after a call, the oldest leave
+    config.train.encode_batch = 32
+    config.train.updates_per_call = 25
     # Whole clips: trained on 9 frames it gave 32 dB on those and 14 dB behind them.
     config.train.window_frames = 33
     config.train.kl_weight = 4e-4
+    config.train.latent_noise = 0.0
     config.train.ema_decay = 0.998
     config.train.patience = 3
     config.train.max_seconds = 0.0
@@ -98,6 +103,10 @@ def _demo() -> dict:
             steps=400,
             batch_size=2,
             pool=32,
+            pool_start=0,
+            fresh=0,
+            encode_batch=2,
+            updates_per_call=1,
             window_frames=9,
             max_seconds=120.0,
             log_interval=1,
@@ -123,6 +132,10 @@ def _test() -> dict:
             steps=20,
             batch_size=4,
             pool=16,
+            pool_start=8,
+            fresh=4,
+            encode_batch=4,
+            updates_per_call=1,
             window_frames=5,
             log_interval=5,
             checkpoint_interval=5,

@@ -156,11 +156,17 @@ class RotaryAttention(Attention):
 
 
 class TextAttention(Attention):
-    """Cross-attention to the text rows; no positions, and padding rows take part."""
+    """Cross-attention to the text rows; no positions, and padding rows take part.
+
+    A single row takes all the weight, whatever the queries: the result is then one
+    vector a clip.
+    """
 
     def __call__(
         self, x: Float[Array, "B L D"], text: Float[Array, "B S D"], image: None = None
-    ) -> Float[Array, "B L D"]:
+    ) -> Float[Array, "B _ D"]:
+        if text.shape[1] == 1:
+            return self.project_out(self.heads(self.v(text)))
         q = self.heads(self.norm_q(self.q(x)))
         return self.project_out(self._attend(q, text, self.k, self.v, self.norm_k))
 

@@ -46,6 +46,8 @@ class DiTConfig:
 
     `dtype` is the arithmetic of linears and attention, `param_dtype` that of stored
     parameters. `remat` recomputes blocks in the backward pass, attention excepted.
+    `unroll` blocks make one turn of the loop over blocks: small ones train faster so,
+    what the backward pass needs of them is not copied into stacks.
     """
 
     dim: int
@@ -62,6 +64,7 @@ class DiTConfig:
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    unroll: int = 1
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -357,7 +360,8 @@ class WanDiT(nnx.Module):
             step = jax.checkpoint(step, prevent_cse=False, policy=keep)
         layers = [branch.layers for branch, _ in active]
         layerwise = [ready.layerwise for _, ready in active]
-        return jax.lax.scan(step, x, (self.blocks, layers, layerwise))[0]
+        stacks = self.blocks, layers, layerwise
+        return jax.lax.scan(step, x, stacks, unroll=self.config.unroll)[0]
 
 
 def patchify(latents: Float[Array, "B t h w C"]) -> Float[Array, "B L P"]:

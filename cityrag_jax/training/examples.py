@@ -1,14 +1,17 @@
 """From cities to batches on the device: streamed, or drawn from a pool kept there.
 
-A pool is encoded once: a toy model trains faster than any loader feeds it. Pool, stream
-and held-out clips follow from config and step alone, so a resumed training sees what an
-uninterrupted one would have seen.
+A toy model trains faster than any loader feeds it: clips stay on the device, encoded,
+while new ones join and the oldest leave. Pool, stream and held-out clips follow from
+config and step alone, so a resumed training sees what an uninterrupted one would have
+seen.
 """
 
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
@@ -52,15 +55,22 @@ def clip_config(config: ConfigDict) -> ClipConfig:
 
 
 def stream(
-    sources: Sources, config: ConfigDict, first_step: int, mesh: Mesh | None
+    sources: Sources,
+    config: ConfigDict,
+    first: int,
+    mesh: Mesh | None,
+    size: int | None = None,
 ) -> Iterator[Clip]:
-    """Give batches of training clips on the device from `first_step` on, for ever."""
+    """Give batches of training clips on the device from the `first` on, for ever.
+
+    They hold `size` clips, or as many as an update takes.
+    """
     batches = training_clips(
         [(city, pairs.training) for city, pairs in sources],
         clip_config(config.data),
-        batch_size=config.train.batch_size,
+        batch_size=size or config.train.batch_size,
         seed=config.seed,
-        start_step=first_step,
+        start_step=first,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=config.data.threads,
@@ -69,29 +79,92 @@ def stream(
     return (place(clip, mesh) for clip in batches)
 
 
-def fill_pool(
-    task: Task, sources: Sources, config: ConfigDict, mesh: Mesh | None
-) -> Examples:
-    """Encode `train.pool` clips, rounded up to whole batches, to stay on the device."""
-    count = -(-config.train.pool // config.train.batch_size)
-    batches = stream(sources, config, 0, mesh)
-    bar = tqdm.tqdm(
-        total=count, desc="encoding clips", unit="batch", dynamic_ncols=True
-    )
-    parts = []
-    with bar:
-        for _ in range(count):
-            parts.append(jax.block_until_ready(task.encode(next(batches))))
-            bar.update()
-    return {name: jnp.concatenate([p[name] for p in parts]) for name in parts[0]}
+class Pool:
+    """Encoded clips on the device, renewed as the training goes on.
+
+    Batch k of the stream, `encode_batch` clips, lies at place k modulo the pool's size:
+    the pool grows from `pool_start` clips (0: full at once) to `pool`, then the oldest
+    leave. Before each call of `updates_per_call` updates but the first, `fresh` join.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        sources: Sources,
+        config: ConfigDict,
+        mesh: Mesh | None,
+        first_step: int,
+    ):
+        train = config.train
+        size = train.encode_batch
+        self._places = -(-train.pool // size)
+        start = min(-(-train.pool_start // size) or self._places, self._places)
+        self._fresh = train.fresh // size
+        joined = start + first_step // train.updates_per_call * self._fresh
+        self._next = max(0, joined - self._places)
+        clips = stream(sources, config, self._next, mesh, size)
+        self._encoded = (task.encode(clip) for clip in clips)
+        self._examples = None
+        bar = tqdm.tqdm(
+            total=joined - self._next,
+            desc="encoding clips",
+            unit="batch",
+            dynamic_ncols=True,
+        )
+        with bar:
+            while self._next < joined:
+                jax.block_until_ready(self._join())
+                bar.update()
+        self._started = False
+
+    def __iter__(self) -> Iterator[Examples]:
+        return self
+
+    def __next__(self) -> Examples:
+        """Let fresh clips join; give all examples and, as `count`, how many are there.
+
+        The arrays given before are taken over (donated).
+        """
+        for _ in range(self._fresh if self._started else 0):
+            self._join()
+        self._started = True
+        return self._examples
+
+    def _join(self) -> Examples:
+        batch = next(self._encoded)
+        size = len(batch["clip_id"])
+        if self._examples is None:
+            rows = size * self._places
+            self._examples = {
+                name: jnp.zeros((rows, *x.shape[1:]), x.dtype, device=x.sharding)
+                for name, x in batch.items()
+            }
+        place = self._next % self._places
+        count = min(self._next + 1, self._places) * size
+        self._examples.pop("count", None)
+        self._examples = _insert(self._examples, batch, np.int32(place * size))
+        self._examples["count"] = np.int32(count)
+        self._next += 1
+        return self._examples
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(pool: Examples, batch: Examples, row: Int32[Array, ""]) -> Examples:
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(x, batch[name], row, axis=0)
+        for name, x in pool.items()
+    }
 
 
 def draw_batch(
     pool: Examples, seed: int, step: Int32[Array, ""], size: int
 ) -> Examples:
-    """Draw `size` different examples, by seed and step."""
+    """Draw `size` different examples by seed and step: one of each equal share."""
+    pool = dict(pool)
+    count = pool.pop("count")
     key = jax.random.fold_in(jax.random.key(seed + 1), step)
-    chosen = jax.random.permutation(key, len(pool["clip_id"]))[:size]
+    edges = jnp.arange(size + 1) * count // size
+    chosen = jax.random.randint(key, (size,), edges[:-1], edges[1:])
     return {name: x[chosen] for name, x in pool.items()}
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
@@ -155,6 +156,8 @@ def scale_by_muon(
         gradients = jax.tree.map(lambda g: _split_layers(g, mesh), updates)
         momentum = average(state.momentum, gradients)
         ahead = average(momentum, gradients) if config.nesterov else momentum
+        if mesh is None:
+            return _directions(ahead, config), MuonState(momentum)
         directions = jax.tree.map(lambda x: _direction(x, config, mesh), ahead)
         return directions, MuonState(momentum)
 
@@ -221,6 +224,21 @@ def optimizer_shardings(
         return shardings[name]
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _directions(matrices, config):
+    """Orthogonalise and scale all matrices of one size together, in fewer kernels."""
+    leaves, tree = jax.tree.flatten(matrices)
+    sizes = {}
+    for place, x in enumerate(leaves):
+        sizes.setdefault(x.shape[-2:], []).append(place)
+    for size, places in sizes.items():
+        stacks = [leaves[place].reshape(-1, *size) for place in places]
+        joined = _direction(jnp.concatenate(stacks), config, None)
+        stops = np.cumsum([len(stack) for stack in stacks])[:-1]
+        for place, part in zip(places, jnp.split(joined, stops), strict=True):
+            leaves[place] = part.reshape(leaves[place].shape)
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _direction(x, config, mesh):

@@ -63,12 +63,14 @@ def make_step(
     labels: Labels,
     ema_decay: float = 0.0,
     shardings: TrainState | None = None,
+    updates: int = 1,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Array]]]:
-    """Build the jitted update `(state, batch) -> (state, metrics)`.
+    """Build the jitted call `(state, batch) -> (state, metrics)` of `updates` updates.
 
-    `loss(params, batch, step)` gives the loss and a dict of further numbers. Metrics
-    are those, `loss`, `gradient_norm` (before clipping) and `refused` (1 if the update
-    was not finite: then parameters, average and optimiser are as before).
+    `loss(params, batch, step)` gives the loss and a dict of further numbers; it draws
+    what it needs of `batch` by `step`. Metrics are those, `loss`, `gradient_norm`
+    (before clipping) and `refused` (1 if the update was not finite: then parameters,
+    average and optimiser are as before), each with an entry for every update.
     """
 
     def value(params, batch, step):
@@ -90,8 +92,14 @@ def make_step(
         metrics = {"loss": number, "gradient_norm": norm, "refused": ~finite}
         return kept, metrics | more
 
+    def call(state, batch):
+        if updates == 1:  # XLA on CPUs is several times slower inside a scan
+            state, metrics = update(state, batch)
+            return state, jax.tree.map(lambda x: x[None], metrics)
+        return jax.lax.scan(lambda s, _: update(s, batch), state, length=updates)
+
     out = None if shardings is None else (shardings, None)
-    return jax.jit(update, donate_argnums=0, out_shardings=out)
+    return jax.jit(call, donate_argnums=0, out_shardings=out)
 
 
 def stop_frozen(params: Params, labels: Labels) -> Params:

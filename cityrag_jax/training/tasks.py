@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip, Conditions
@@ -133,11 +133,18 @@ def describe_model(config: ConfigDict) -> Description:
     return describe(WanDiT, transformer, branches)
 
 
+def unrolled(description: Description, blocks: int) -> Description:
+    """Describe the same transformer with so many blocks in a turn of its loop."""
+    return description | {"config": description["config"] | {"unroll": blocks}}
+
+
 class CityRAG(Task):
     """Velocities of noisy latents under the first image, poses and retrieved video.
 
     Rectified flow with shifted noise levels; pose and geo condition are each dropped
-    with `drop_probability`, independently (section 3.3).
+    with `drop_probability`, independently (section 3.3). With `mismatch_probability` a
+    clip is shown another clip's retrieved video, so that one which does not fit the
+    first image is ignored, not copied (figure 7; how is *assumed*).
     """
 
     part = "transformer"
@@ -146,9 +153,13 @@ class CityRAG(Task):
         super().__init__(config, start)
         self.shift = config.train.shift
         self.drop = config.train.drop_probability
+        self.mismatch = config.train.mismatch_probability
         self.draws = config.eval.draws
         self.eval_seed = config.eval.seed
         self._transformer = read_config(self.description)
+        self._abstract = abstract_model(
+            unrolled(self.description, config.train.unroll_blocks)
+        )
         vae, vae_description = _find_vae(config.model.vae, start)
         self._check(vae)
         self._text = _find_text(config.model.text, self._transformer, start)
@@ -188,8 +199,10 @@ class CityRAG(Task):
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         flow_key, drop_key = jax.random.split(key)
         drop_keys = flow.clip_keys(drop_key, examples["clip_id"])
-        dropped = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(drop_keys) < self.drop
-        keep = 1 - dropped.astype(jnp.float32)
+        drawn = jax.vmap(lambda k: jax.random.uniform(k, (3,)))(drop_keys)
+        keep = (drawn[:, :2] >= self.drop).astype(jnp.float32)
+        if self.mismatch:
+            examples = swap_conditions(examples, drawn[:, 2] < self.mismatch)
         value, _ = self._flow_loss(params, examples, flow_key, keep[:, 0], keep[:, 1])
         return value, {}
 
@@ -226,6 +239,18 @@ class CityRAG(Task):
         return flow.loss(velocity, noise, latents)
 
 
+def swap_conditions(examples: Examples, swapped: Bool[Array, " B"]) -> Examples:
+    """Give some clips the retrieved video of the clip before them in the batch."""
+    names = ("geo_latents", "geo_length")
+    others = {name: jnp.roll(examples[name], 1, axis=0) for name in names}
+    return examples | {
+        name: jnp.where(
+            swapped.reshape(-1, *(1,) * (x.ndim - 1)), others[name], examples[name]
+        )
+        for name, x in others.items()
+    }
+
+
 def encode_example(
     encoders: dict[str, nnx.Module], clip: Clip, text: Float[Array | np.ndarray, "S E"]
 ) -> Examples:
@@ -246,8 +271,11 @@ def encode_example(
 class VAEReconstruction(Task):
     """A video autoencoder of the Wan architecture from scratch, for toy cities.
 
-    L1 + 0.5 L1 of spatial gradients + MSE + a small KL to the unit normal. Latent mean
-    and standard deviation are measured at the end and stored in the config.
+    L1 + 0.5 L1 of spatial gradients + MSE + a KL to the unit normal. The decoder sees
+    `latent_noise` times the latents' deviation in noise besides the posterior's own, so
+    that it forgives the transformer's errors. Mean and deviation of the latents, the
+    posterior's noise included, are measured at the end and stored in the config: a
+    channel that carries nothing stays near 0 instead of being blown up.
     """
 
     part = "vae"
@@ -256,6 +284,7 @@ class VAEReconstruction(Task):
         super().__init__(config, start)
         self.window = config.train.window_frames
         self.kl_weight = config.train.kl_weight
+        self.latent_noise = config.train.latent_noise
         self.base = Bundle({}, {self.part: self.description})
 
     def encode(self, clip: Clip) -> Examples:
@@ -289,8 +318,12 @@ class VAEReconstruction(Task):
         vae = with_parameters(self._abstract, params)
         mean, log_variance = vae.posterior(video)
         log_variance = jnp.clip(log_variance, -30, 20)
+        variance = jnp.exp(log_variance)
+        if self.latent_noise:
+            spread = jax.lax.stop_gradient(mean.var((0, 1, 2, 3), keepdims=True))
+            variance += self.latent_noise**2 * spread
         noise = flow.draw_noise(noise_keys, mean.shape[1:])
-        decoded = vae.decode_raw(mean + jnp.exp(0.5 * log_variance) * noise)
+        decoded = vae.decode_raw(mean + jnp.sqrt(variance) * noise)
         errors = reconstruction_errors(decoded, video).mean()
         kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
         mse = jnp.mean((jnp.clip(decoded, -1, 1) - video) ** 2)
@@ -313,9 +346,10 @@ class VAEReconstruction(Task):
         return Bundle({self.part: vae}, {self.part: description})
 
     def _moments(self, params, frames):
-        latents = with_parameters(self._abstract, params).encode(to_unit(frames))
-        axes = tuple(range(latents.ndim - 1))
-        return latents.mean(axes), (latents**2).mean(axes)
+        vae = with_parameters(self._abstract, params)
+        mean, log_variance = vae.posterior(to_unit(frames))
+        axes = tuple(range(mean.ndim - 1))
+        return mean.mean(axes), (mean**2 + jnp.exp(log_variance)).mean(axes)
 
 
 def reconstruction_errors(
