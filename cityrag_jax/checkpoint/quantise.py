@@ -14,6 +14,7 @@ since a kernel has no parts. What lies there as int8 is quantised; no flag says 
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def stored_types(arrays: Arrays) -> Arrays:
     }
 
 
-def with_scales(wanted: Arrays, stored: Mapping[str, Array]) -> Arrays:
+def with_scales(wanted: Arrays, stored: Mapping[str, Any]) -> Arrays:
     """Add the scales of those arrays that are stored as int8, on their shards."""
     found = {}
     for name, x in wanted.items():
@@ -98,10 +99,13 @@ def to_int8(
 ) -> tuple[Int8[Array, "*in out"], Float32[Array, " out"]]:
     """Round to the nearest step, halves to even; a channel of zeros stays zeros.
 
-    One that is not finite gets a scale that is not.
+    One with NaN or Inf gets the scale NaN.
     """
     w = w.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - 1))) / LARGEST
+    others = tuple(range(w.ndim - 1))
+    scale = jnp.max(jnp.abs(w), axis=others) / LARGEST
+    # Said by hand: the maximum that XLA takes on CPUs passes over NaN.
+    scale = jnp.where(jnp.isfinite(w).all(axis=others), scale, jnp.nan)
     steps = w / _along_last_axis(jnp.where(scale == 0, 1, scale), w.ndim)
     return jnp.round(steps).astype(jnp.int8), scale
 
