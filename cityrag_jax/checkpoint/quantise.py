@@ -5,7 +5,7 @@
 over every axis of a kernel but the last, which is the output's in linears and
 convolutions alike; a layer of a stack has its own scales. What is no kernel (biases,
 norms, modulation) and kernels of fewer than 128 inputs, which read pixels or poses
-themselves, are stored as float32: they are a thousandth of the 14B.
+themselves, are stored as float32: together less than a thousandth of the 14B.
 
 The scale of `x.kernel` lies beside it as `x.kernel.scale`, which is no parameter's name
 since a kernel has no parts. What lies there as int8 is quantised; no flag says so.
