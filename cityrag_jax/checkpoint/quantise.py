@@ -27,7 +27,7 @@ from cityrag_jax.checkpoint.descriptions import Arrays
 INT8 = np.dtype("int8")
 LARGEST = 127
 # The toy's pose convolution, 64 inputs in metres and in direction cosines under one
-# scale, would alone give more error than all blocks together.
+# scale, would alone give more error at high noise than all its blocks together.
 FEWEST_INPUTS = 128
 KERNEL, SCALE = ".kernel", ".scale"
 
