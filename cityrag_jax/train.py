@@ -331,8 +331,8 @@ def check_config(config: ConfigDict) -> None:
         require(t[name] >= 1, f"train.{name} is {t[name]}; it must be 1 or more.")
     _check_calls(config, require)
     require(
-        t.save_dtype in ("float32", "bfloat16"),
-        f"train.save_dtype is {t.save_dtype!r}; choose float32 or bfloat16.",
+        t.save_dtype in ("float32", "bfloat16", "int8"),
+        f"train.save_dtype is {t.save_dtype!r}; choose float32, bfloat16 or int8.",
     )
     require(
         0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."

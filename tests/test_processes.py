@@ -49,16 +49,20 @@ DESCRIPTION = describe(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A bundle and what it holds; chunks as those of 14B, a hundred times smaller."""
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def folder(tmp_path_factory, request):
+    """A bundle and what it holds; chunks of as many weights as those of 14B, a hundred
+    times fewer."""
     folder = tmp_path_factory.mktemp("processes")
     model = new_model(DESCRIPTION, seed=5)
-    np.savez(folder / "expected.npz", **parameters(model))
     bundle = Bundle({"transformer": model}, {"transformer": DESCRIPTION})
+    smaller = 100 * 4 // np.dtype(request.param).itemsize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(items, "CHUNK_BYTES", items.CHUNK_BYTES // 100)
-        save_bundle(folder / "m", bundle)
+        patch.setattr(items, "CHUNK_BYTES", items.CHUNK_BYTES // smaller)
+        save_bundle(folder / "m", bundle, dtype=request.param)
+    if request.param == "int8":  # what one process makes of it
+        model = load_bundle(folder / "m").modules["transformer"]
+    np.savez(folder / "expected.npz", **parameters(model))
     yield folder / "m"
     shutil.rmtree(folder)
 

@@ -24,6 +24,7 @@ from cityrag_jax.checkpoint import (
     parameters,
     save_bundle,
 )
+from cityrag_jax.checkpoint.items import item_arrays
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.encode import clip_pixels, to_unit
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
@@ -186,6 +187,22 @@ def test_streaming_stops_at_the_limit_of_time_and_starts_from_a_model(
     last = read_metrics(finished)[-1]
     assert lines[-1]["step"] < 10
     assert lines[0]["held_out"] == pytest.approx(last["held_out"], rel=1e-6)
+
+
+def test_a_model_stored_as_int8_starts_another_training(folder, config):
+    """No flag says what it is; the held-out loss goes on where it was."""
+    changed = config.copy_and_resolve_references()
+    changed.train.save_dtype = "int8"
+    model = trainer.train(changed, folder / "int8")
+    kernel = item_arrays(model / "transformer" / "rest")["patch_embedding.kernel"]
+    assert kernel.dtype == jnp.int8
+    changed.train.init_from = str(folder / "int8")
+    changed.train.max_seconds = 1e-3
+    trainer.train(changed, folder / "from_int8")
+    first = read_metrics(folder / "from_int8")[0]["held_out"]
+    last = read_metrics(folder / "int8")[-1]["held_out"]
+    # Rounding turns the velocity a little, in no direction that the loss knows.
+    assert first == pytest.approx(last, rel=1e-3)
 
 
 def test_the_autoencoder_learns_and_measures_its_latents(folder):

@@ -1,14 +1,16 @@
 """Convert published Wan 2.1 weights to a CityRAG checkpoint.
 
-    python tools/convert_wan.py --source=DIR --out=DIR [--dtype=bfloat16|float32]
+    python tools/convert_wan.py --source=DIR --out=DIR [--dtype=bfloat16|float32|int8]
         [--parts=transformer,vae,clip,text] [--prompt=TEXT] [--dry-run] [--check]
 
 DIR is a folder as fetched, image-to-video or text-to-video, in the official layout or
 in diffusers'. It is read tensor by tensor: less than 4 GiB of memory for any size.
-Interrupted and started again with the same command, it goes on. --dry-run checks names,
-shapes and types by the headers and prints the plan. --check compares every digest of
-what was written, or of --out if that exists. Exit code 2 and one message if anything
-is wrong with the input; nothing half-written has the name of the output.
+Interrupted and started again with the same command, it goes on. int8 stores kernels so,
+with a float32 scale for each of their output channels, and asks to be read as bfloat16.
+--dry-run checks names, shapes and types by the headers and prints the plan. --check
+compares every digest of what was written, or of --out if that exists. Exit code 2 and
+one message if anything is wrong with the input; nothing half-written has the name of
+the output.
 """
 
 import argparse
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--source", type=Path, help="folder of published weights")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    types = ("bfloat16", "float32", "int8")
+    parser.add_argument("--dtype", choices=types, default="bfloat16")
     parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all")
     parser.add_argument("--prompt", default=PROMPT, help="instead of the paper's")
     parser.add_argument("--dry-run", action="store_true")

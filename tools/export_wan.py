@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--base-only", action="store_true", help="Wan without branches")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="10^9 bytes")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="default: as it is"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="default: as it is, of an int8 folder float32",
     )
     given = parser.parse_args()
     if not given.max_shard_gb > 0:

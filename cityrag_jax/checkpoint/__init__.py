@@ -15,7 +15,8 @@ parameters in the type and on the mesh that you want:
     print(vae.config.z_dim, transformer.config.num_layers)
 
 `bundles.py` says what lies on disk, `items.py` how arrays are cut, `training.py` what a
-training workdir holds, `descriptions.py` how a module becomes JSON.
+training workdir holds, `descriptions.py` how a module becomes JSON, `quantise.py` what
+int8 kernels are. `README.md` draws the folder.
 """
 
 from cityrag_jax.checkpoint.bundles import (

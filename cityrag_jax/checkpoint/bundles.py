@@ -102,6 +102,7 @@ def save_bundle(
 ) -> Path:
     """Write a bundle as one folder that appears all at once; `dtype` casts parameters.
 
+    "int8" stores kernels so, with a float32 scale for each of their output channels.
     A description without a module is written too, as `described`: `base/` of a workdir
     so keeps what the network is whose parameters stand in `checkpoints/`.
     """

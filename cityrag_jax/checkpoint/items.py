@@ -2,8 +2,9 @@
 
 A bundle's module is a folder of items, each an Orbax folder of its own: `rest` with the
 parameters that are not stacked, `block_000` with layer 0 of every stacked one, and so
-on. Reading goes item by item straight onto the shards, so that neither host nor device
-ever holds more than the result and one item.
+on; kernels perhaps as int8 beside their scales (`quantise.py`). Reading goes item by
+item straight onto the shards, so that neither host nor device ever holds more than the
+result and one item.
 """
 
 import functools
@@ -28,6 +29,7 @@ from cityrag_jax.checkpoint.digests import (
     unreadable,
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
+from cityrag_jax.checkpoint.quantise import INT8, dequantise, quantise, with_scales
 
 REST = "rest"
 DIGESTS = "digests.json"
@@ -48,11 +50,16 @@ def write_arrays(
     stacked: frozenset[str],
     dtype: DTypeLike | None = None,
 ) -> None:
-    """Write arrays as a new folder of items with their digests; `dtype` casts them."""
+    """Write arrays as a new folder of items with their digests.
+
+    `dtype` casts them, int8 as `quantise.py` says.
+    """
     folder.mkdir(parents=True)
     digests = {}
     for item, arrays in _split_items(values, stacked):
-        if dtype is not None:
+        if dtype is not None and np.dtype(dtype) == INT8:
+            arrays = quantise(arrays)
+        elif dtype is not None:
             arrays = _cast(arrays, dict.fromkeys(arrays, np.dtype(dtype)))
         digests[item] = write_item(folder / item, arrays)
     write_json(folder / DIGESTS, digests)
@@ -91,16 +98,19 @@ def read_arrays(
     """
     plan = plan_items(wanted, stacked)
     stored = {item.name: item_arrays(item) for item in _item_folders(folder)}
-    compare_names(_by_layer(plan), _by_layer(stored), folder)
+    on_disk = {item: with_scales(plan[item], stored.get(item, {})) for item in plan}
+    compare_names(_by_layer(on_disk), _by_layer(stored), folder)
     digests = read_json(folder / DIGESTS) if verify else {}
     stacks = _zeros({n: x for n, x in wanted.items() if is_stacked(n, stacked)})
     result, broken = {}, []
     for item, shapes in plan.items():
-        arrays = _load(folder / item, shapes, stored[item])
+        arrays = _load(folder / item, on_disk[item], stored[item])
         if verify:
             broken += broken_arrays(arrays, digests.get(item, {}), f"{item}/")
+        dtypes = {n: x.dtype for n, x in shapes.items()}
+        arrays = dequantise(arrays, dtypes)
         if item == REST:
-            result |= _cast(arrays, {n: x.dtype for n, x in shapes.items()})
+            result |= _cast(arrays, dtypes)
         else:
             layer = int(item.rpartition("_")[2])
             some = {name: stacks[name] for name in arrays}
@@ -109,7 +119,7 @@ def read_arrays(
         jax.block_until_ready((result, stacks))
         del arrays
         memory.give_back()
-    raise_damaged(broken, sum(map(len, plan.values())), folder)
+    raise_damaged(broken, sum(map(len, on_disk.values())), folder)
     result |= stacks
     for name, x in wanted.items():
         assert result[name].sharding.is_equivalent_to(x.sharding, len(x.shape)), name

@@ -31,7 +31,15 @@ from cityrag_jax.checkpoint.bundles import (
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.items import DIGESTS, write_item
-from cityrag_jax.convert.plan import BRANCH_TENSORS, PLANNERS, NetworkPlan, branch_of
+from cityrag_jax.checkpoint.quantise import parameter_of
+from cityrag_jax.convert.plan import (
+    BRANCH_TENSORS,
+    PLANNERS,
+    NetworkPlan,
+    branch_of,
+    num_bytes,
+    plan_network,
+)
 from cityrag_jax.convert.prompt import (
     encode_prompts,
     find_text_encoder,
@@ -113,7 +121,7 @@ def plan_conversion(
     for part in PARTS:
         try:
             if part in wanted and part in PLANNERS:
-                networks.append(PLANNERS[part](folder, np.dtype(dtype)))
+                networks.append(plan_network(part, folder, dtype))
             elif part in wanted:
                 _check_text_encoder(source, networks)
         except ValueError as error:
@@ -208,7 +216,7 @@ class _Work:
                 shutil.rmtree(self.folder)
             raise ValueError(
                 f"{self.plan.out} needs {needed:,} more bytes, the disk has {free:,}; "
-                "free some, convert to bfloat16, or choose another disk."
+                "free some, convert to int8, or choose another disk."
             )
 
     def write_texts(self) -> None:
@@ -232,12 +240,13 @@ class _Work:
             bar.update(network.num_bytes(item))
             return
         arrays = {}
-        for ours, x in network.make(item):
+        for name, x in network.make(item):
+            ours = parameter_of(name)  # the scales of a kernel show its NaN and Inf
             if ours not in network.copied and not is_finite(np.asarray(x)):
                 names = network.sources(item, ours) or (ours,)
                 self.broken += [n for n in names if n not in self.broken]
             if not self.broken:
-                arrays[ours] = x
+                arrays[name] = x
             bar.update(x.nbytes)
         if self.broken:  # go on looking for more, but write no longer
             return
@@ -299,14 +308,14 @@ def table(plan: Conversion, done: dict[str, dict[str, int]] | None = None) -> li
 
 def _row(network, title, prefix, expected, done) -> Row:
     tensors, count, size, crc = 0, 0, 0, 0
-    for item, arrays in network.items.items():
-        for ours, x in arrays.items():
+    for item, parameters in network.items.items():
+        for ours, x in network.stored(item).items():
             if branch_of(ours) != prefix:
                 continue
             if ours in network.read:
                 tensors += len(network.sources(item, ours))
-            count += math.prod(x.shape)
-            size += math.prod(x.shape) * x.dtype.itemsize
+            count += math.prod(x.shape) if ours in parameters else 0
+            size += num_bytes(x)
             if done is not None:
                 digest = done[_key(network, item)][ours]
                 crc = zlib.crc32(digest.to_bytes(4, "little"), crc)

@@ -98,7 +98,8 @@ def export_checkpoint(
     """Write the transformer of a bundle or training workdir to a new folder.
 
     The folder holds shards, index, config.json and, unless `base_only`, the branches'
-    tensors and the prompts' rows. `dtype` casts; None keeps the stored type.
+    tensors and the prompts' rows. `dtype` casts; None keeps the stored type, of int8
+    kernels float32.
     Raises ValueError, and leaves nothing behind, if `out` is in use, the disk is short,
     a parameter has no name in PyTorch or a value is not finite.
     """

@@ -28,6 +28,13 @@ from cityrag_jax.checkpoint import (
     stacked_parameters,
 )
 from cityrag_jax.checkpoint.items import REST, on_host, plan_items
+from cityrag_jax.checkpoint.quantise import (
+    INT8,
+    quantise,
+    read_dtype,
+    stored_types,
+    with_scales,
+)
 from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.convert.names import (
     Alias,
@@ -66,9 +73,10 @@ SMALL = dict(num_frames=5, height=64, width=64)  # sizes without weight for coun
 class NetworkPlan:
     """One network of the bundle: what it is and how each of its arrays is made.
 
-    `read` names the parameters that the source holds; `copied` maps those that begin as
-    another of the same network; `drawn` names the others. `rows`
-    are the lines of the table: (title, prefix of the parameters, expected count).
+    `items` say the types in which parameters are stored, perhaps int8. `read` names
+    those that the source holds; `copied` maps those that begin as another of the same
+    network; `drawn` names the others. `rows` are the lines of the table: (title, prefix
+    of the parameters, expected count).
     """
 
     name: str
@@ -81,8 +89,17 @@ class NetworkPlan:
     drawn: tuple[str, ...]
     rows: tuple[tuple[str, str, int], ...]
 
+    def quantised(self) -> "NetworkPlan":
+        """Plan the same with int8 kernels, each made in float32 before."""
+        items = {item: stored_types(arrays) for item, arrays in self.items.items()}
+        return dataclasses.replace(self, items=items)
+
+    def stored(self, item: str) -> Arrays:
+        """Give the abstract arrays of an item, with the scales of int8 kernels."""
+        return with_scales(self.items[item], self.items[item])
+
     def make(self, item: str) -> Iterator[tuple[str, jax.Array]]:
-        """Make the arrays of an item one by one, in our axes and their stored type.
+        """Make the stored arrays of an item one by one, in our axes and their type.
 
         They are JAX's, on the host, for that is how they are written in little memory.
         Those of the source are read some at a time: turning axes takes longest.
@@ -97,6 +114,7 @@ class NetworkPlan:
             # What is copied shares the memory of what it is copied from.
             for ours in sorted(self.items[item], key=lambda name: name in self.copied):
                 wanted = self.items[item][ours]
+                dtype = read_dtype(wanted.dtype)
                 if ours in read:
                     x = on_host(read.pop(ours).result())
                 elif ours in self.copied:
@@ -104,16 +122,19 @@ class NetworkPlan:
                     x = x if x.shape == wanted.shape else x[: wanted.shape[0]]
                 else:
                     drawn = _draw(json.dumps(self.description), self.drawn)[ours]
-                    x = on_host(np.asarray(drawn, wanted.dtype))
-                assert (x.shape, x.dtype) == (wanted.shape, wanted.dtype), ours
-                if self.copied and not ours.startswith("branches."):
+                    x = on_host(np.asarray(drawn, dtype))
+                assert (x.shape, x.dtype) == (wanted.shape, dtype), ours
+                if ours in self.copied.values():
                     made[ours] = x
-                yield ours, x
+                if wanted.dtype == INT8:
+                    yield from jax.block_until_ready(quantise({ours: x})).items()
+                else:
+                    yield ours, x
 
     def _read(self, item: str, ours: str) -> np.ndarray:
         layer = None if item == REST else int(item.rpartition("_")[2])
         x = self.read[ours].read(self.naming, self.reader.read, layer)
-        return np.ascontiguousarray(x, dtype=self.items[item][ours].dtype)
+        return np.ascontiguousarray(x, read_dtype(self.items[item][ours].dtype))
 
     def sources(self, item: str, ours: str) -> tuple[str, ...]:
         """Name the tensors that an array is made of."""
@@ -126,7 +147,7 @@ class NetworkPlan:
 
     def num_bytes(self, item: str) -> int:
         """Give the bytes that an item takes."""
-        return sum(_num_bytes(x) for x in self.items[item].values())
+        return sum(num_bytes(x) for x in self.stored(item).values())
 
 
 def plan_transformer(folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
@@ -191,6 +212,13 @@ PLANNERS: dict[str, Callable[[WanFolder, DTypeLike], NetworkPlan]] = {
     "vae": plan_vae,
     "clip": plan_clip,
 }
+
+
+def plan_network(part: str, folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
+    """Plan one of `PLANNERS`; what is stored as int8 describes itself as bfloat16."""
+    if np.dtype(dtype) == INT8:
+        return PLANNERS[part](folder, np.dtype("bfloat16")).quantised()
+    return PLANNERS[part](folder, np.dtype(dtype))
 
 
 def _plan(
@@ -273,5 +301,6 @@ def _count(parts) -> int:
     return flops.total(parts).parameters
 
 
-def _num_bytes(x) -> int:
+def num_bytes(x: jax.ShapeDtypeStruct) -> int:
+    """Give the bytes that an abstract array takes."""
     return math.prod(x.shape) * np.dtype(x.dtype).itemsize

@@ -1,7 +1,7 @@
 """A transformer's parameters one layer at a time, so that an export needs no memory.
 
-Bundles are read in their stored types, some arrays of an item at a time, each against
-its digest.
+Bundles are read in their stored types (int8 kernels as float32), some arrays of an item
+at a time, each against its digest.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from cityrag_jax.checkpoint.items import (
     plan_items,
     read_some,
 )
+from cityrag_jax.checkpoint.quantise import dequantise, read_dtype, with_scales
 from cityrag_jax.model.dit import WanDiT
 
 
@@ -71,12 +72,13 @@ def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
     wanted = abstract_parameters(model, parameter_shardings(model, None))
     plan = plan_items(wanted, stacked_parameters(model))
     stored = {item: item_arrays(folder / item) for item in plan}
-    compare_names(_flat(plan), _flat(stored), folder)
+    on_disk = {item: with_scales(plan[item], stored[item]) for item in plan}
+    compare_names(_flat(on_disk), _flat(stored), folder)
     digests = read_json(folder / DIGESTS)
     first = stored.get(REST, {}) | stored.get(block_name(0), {})
+    dtypes = {name: read_dtype(x.dtype) for name, x in first.items()}
     arrays = {
-        name: jax.ShapeDtypeStruct(x.shape, first[name].dtype)
-        for name, x in wanted.items()
+        name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in wanted.items()
     }
     together = {item: groups(plan[item]) for item in plan}
     held: dict[tuple[str, str], np.ndarray] = {}  # of the item and the group read last
@@ -86,8 +88,10 @@ def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:
         if (item, name) not in held:
             held.clear()  # before the next ones come
             some = next(group for group in together[item] if name in group)
+            some = with_scales(some, stored[item])
             values = read_some(folder / item, some, stored[item])
             check_digests(values, digests.get(item, {}), folder / item)
+            values = dequantise(values, dtypes)
             held.update({(item, n): np.asarray(x) for n, x in values.items()})
         return held[item, name]
 
