@@ -444,13 +444,20 @@ def test_every_config_can_be_built_and_described():
             assert json.loads(json.dumps(flat)) == flat
 
 
+UNUSED = ("blocks.cross_attention.q.kernel", "blocks.cross_attention.k.kernel")
+
+
 def test_the_shipped_weights_fit_20_mebibytes_in_int8():
-    """Transformer and autoencoder of the gpu variants, at a byte each."""
+    """Transformer and autoencoder of the gpu variants, at a byte each and 3 % more.
+
+    Queries and keys of the text are zeros, see tasks.py, and compress to nothing.
+    """
     count = sum(
         x.size
         for name in ("toy_city", "toy_vae")
-        for x in parameters(
+        for key, x in parameters(
             abstract_model(describe_model(get_config(name, "gpu")))
-        ).values()
+        ).items()
+        if key not in UNUSED
     )
-    assert count < 20 * 2**20
+    assert 1.03 * count < 20 * 2**20

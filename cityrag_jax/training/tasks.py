@@ -62,7 +62,7 @@ class Task(abc.ABC):
 
     def initial_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
         """Give the parameters to start from, drawn or copied onto their shards."""
-        fresh = draw_parameters(self.description, self.seed, shardings)
+        fresh = self._draw(shardings)
         if self._start is None or self.part not in self._start.modules:
             return fresh
         given = parameters(self._start.modules[self.part])
@@ -70,6 +70,9 @@ class Task(abc.ABC):
         # The start may be stored in bfloat16; what is trained keeps its own type.
         given = {name: x.astype(fresh[name].dtype) for name, x in given.items()}
         return jax.device_put(self._continue(fresh, given), dict(shardings))
+
+    def _draw(self, shardings: Mapping[str, Sharding]) -> Params:
+        return draw_parameters(self.description, self.seed, shardings)
 
     def _continue(self, fresh: Params, given: Params) -> Params:
         return fresh | given
@@ -180,6 +183,14 @@ class CityRAG(Task):
                 f"{config.out_channels} out; with an autoencoder of {z} channels it "
                 f"needs {wanted} (noise, mask, first image) and {z}."
             )
+
+    def _draw(self, shardings):
+        """Leave at zero what a single row of text does not use: it takes no space."""
+        fresh = super()._draw(shardings)
+        if self._text.shape[0] > 1:
+            return fresh
+        unused = ("blocks.cross_attention.q.kernel", "blocks.cross_attention.k.kernel")
+        return fresh | {name: jnp.zeros_like(fresh[name]) for name in unused}
 
     def _continue(self, fresh, given):
         """Go on with a whole model, or begin the branches of a base without them."""
