@@ -42,6 +42,7 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.parallel import keep_compilations, loading_dtype, make_mesh
 from cityrag_jax.training.examples import (
     Pool,
+    clips_at_once,
     draw_batch,
     held_out_examples,
     open_cities,
@@ -60,7 +61,8 @@ from cityrag_jax.training.step import (
     make_step,
     state_shardings,
 )
-from cityrag_jax.training.tasks import Examples, Task, describe_model, make_task
+from cityrag_jax.training.task import Examples, Task
+from cityrag_jax.training.tasks import describe_model, make_task
 
 STATISTICS_BATCHES = 32
 GROUPS = ("params", "ema", "optimizer")
@@ -317,10 +319,11 @@ def check_config(config: ConfigDict) -> None:
         t.batch_size % ways == 0,
         f"train.batch_size {t.batch_size} does not divide over data x fsdp = {ways}.",
     )
+    together = clips_at_once(config)
     require(
-        config.eval.clips % min(t.batch_size, config.eval.clips) == 0,
-        f"eval.clips {config.eval.clips} must be a multiple of train.batch_size "
-        f"{t.batch_size}, or not more.",
+        config.eval.clips % together == 0,
+        f"eval.clips {config.eval.clips} must be a multiple of {together}, the clips "
+        "that are encoded together, or not more.",
     )
     require(
         not t.pool or t.pool >= t.batch_size,

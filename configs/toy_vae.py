@@ -75,6 +75,7 @@ def _gpu() -> ConfigDict:
     config.train.window_frames = 33
     config.train.kl_weight = 4e-4
     config.train.latent_noise = 0.0
+    config.train.texture_weight = 0.0
     config.train.ema_decay = 0.998
     config.train.patience = 3
     config.train.max_seconds = 0.0

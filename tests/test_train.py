@@ -32,6 +32,7 @@ from cityrag_jax.rollout import Generator
 from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.examples import Pool, clip_config, draw_batch, open_cities
 from cityrag_jax.training.log import TrainingLog, read_metrics
+from cityrag_jax.training.reconstruction import texture_error
 from cityrag_jax.training.step import average, check_finite, init_state, make_step
 from cityrag_jax.training.tasks import (
     describe_model,
@@ -203,6 +204,40 @@ def test_a_model_stored_as_int8_starts_another_training(folder, config):
     last = read_metrics(folder / "int8")[-1]["held_out"]
     # Rounding turns the velocity a little, in no direction that the loss knows.
     assert first == pytest.approx(last, rel=1e-3)
+
+
+def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(folder):
+    """Whatever transformer was trained on them goes on working."""
+    config = get_config(
+        "toy_vae",
+        data__city=str(folder / "city"),
+        train__init_from=str(folder / "vae"),
+        train__steps=5,
+        train__latent_noise=0.1,
+        train__texture_weight=1.0,
+        optimizer__frozen=("encoder.*", "quant_conv.*"),
+        train__save_dtype="float32",
+    )
+    trainer.train(config, folder / "decoder_run")
+    before = latest_model(folder / "vae").modules["vae"]
+    after = latest_model(folder / "decoder_run").modules["vae"]
+    assert after.config.latent_mean == before.config.latent_mean
+    assert after.config.latent_std == before.config.latent_std
+    old, new = parameters(before), parameters(after)
+    for name in old:
+        frozen = name.startswith(("encoder.", "quant_conv."))
+        same = np.array_equal(old[name], new[name])
+        assert same == frozen or not np.any(old[name]), name
+
+
+def test_texture_is_compared_by_amount_not_by_place():
+    rng = np.random.default_rng(0)
+    video = jnp.asarray(rng.uniform(-1, 1, (1, 2, 32, 32, 3)), jnp.float32)
+    other = jnp.asarray(rng.uniform(-1, 1, (1, 2, 32, 32, 3)), jnp.float32)
+    assert float(texture_error(video, video)) == 0
+    assert float(texture_error(other, video)) < 0.1
+    assert float(texture_error(0.5 * video, video)) > 0.3
+    assert np.isfinite(jax.grad(texture_error)(jnp.zeros_like(video), video)).all()
 
 
 def test_the_autoencoder_learns_and_measures_its_latents(folder):

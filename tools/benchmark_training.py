@@ -32,7 +32,8 @@ from cityrag_jax.training.optimizer import (
     make_optimizer,
 )
 from cityrag_jax.training.step import init_state, make_step
-from cityrag_jax.training.tasks import MASK_CHANNELS, Examples, make_task
+from cityrag_jax.training.task import Examples
+from cityrag_jax.training.tasks import MASK_CHANNELS, make_task
 
 PEAK = 989e12  # dense bfloat16 of an H100 SXM or H200, NVIDIA's data sheet
 

@@ -11,6 +11,7 @@ one program, XLA on CPUs computes a stage anew for each of its readers.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,6 @@ TRUNK_M = 2.3
 TREE_TOP_M = TRUNK_M + 6.0
 LAMP_M = 5.5
 POST_RADIUS_M = 0.32
-THINGS_AT_ONCE = 128
 
 # How many things of a sort each column may meet, in the order of `Seen.index`.
 # Of 100 columns one has more than 5 trees before the first high wall, and of 500 one
@@ -231,42 +231,44 @@ def _columns(
     """
     shape = jnp.broadcast_shapes(rays.x.shape, rays.dx.shape)
     total = things.x.shape[1]
-    parts = -(-total // THINGS_AT_ONCE)
-    padded = [
-        jnp.pad(v, ((0, 0), (0, parts * THINGS_AT_ONCE - total)), mode="edge")
+    pairs_at_once = 1 << (18 if jax.default_backend() == "cpu" else 23)
+    some = min(total, max(8, pairs_at_once // math.prod(shape)))
+    parts = -(-total // some)
+    x, y, radius_m = (
+        jnp.pad(v, ((0, 0), (0, parts * some - total)), mode="edge")
         for v in (things.x, things.y, radius_m)
-    ]
+    )
 
-    def look(part: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, y, radius = (
-            jax.lax.dynamic_slice_in_dim(
-                v, part * THINGS_AT_ONCE, THINGS_AT_ONCE, axis=1
-            )[:, :, None, None]
-            for v in padded
+    def look(part: Array) -> tuple[Array, Array]:
+        """Give where each column passes some of the things, and which they are."""
+        at_x, at_y, radius = (
+            jax.lax.dynamic_slice_in_dim(v, part * some, some, axis=1)[..., None, None]
+            for v in (x, y, radius_m)
         )
-        gx, gy = x - rays.x[:, None], y - rays.y[:, None]
+        gx, gy = at_x - rays.x[:, None], at_y - rays.y[:, None]
         dx, dy = rays.dx[:, None], rays.dy[:, None]
         s, q = gx * dx + gy * dy, gy * dx - gx * dy
         met = (jnp.abs(q) < radius) & (s > 0.3) & (s < toy_world.REACH_M)
         met &= s - radius < hidden_m[:, None]
-        which = part * THINGS_AT_ONCE + jnp.arange(THINGS_AT_ONCE, dtype=jnp.int32)
-        met &= (which < total)[None, :, None, None]
-        key = jnp.concatenate([best[0], jnp.where(met, s, FAR)], axis=1)
-        which = jnp.broadcast_to(which[None, :, None, None], met.shape)
-        return _first(key, jnp.concatenate([best[1], which], axis=1), count)
+        which = (part * some + jnp.arange(some, dtype=jnp.int32))[None, :, None, None]
+        met &= which < total
+        return jnp.where(met, s, FAR), jnp.broadcast_to(which, met.shape)
 
-    none = jnp.zeros((shape[0], count, *shape[1:]), jnp.int32)
+    def merge(part: Array, first: tuple[Array, Array]) -> tuple[Array, Array]:
+        both = zip(first, look(part), strict=True)
+        return _first(*(jnp.concatenate(pair, axis=1) for pair in both), count)
+
     distance, index = jax.lax.fori_loop(
-        0, parts, look, (none.astype(jnp.float32) + FAR, none)
+        1, parts, merge, _first(*look(jnp.int32(0)), count)
     )
     picked = []
     for k in range(count):
         flat = index[:, k].reshape(shape[0], -1)
-        x, y, *rest = (
+        at_x, at_y, *rest = (
             jnp.take_along_axis(part, flat, axis=1).reshape(shape) for part in things
         )
-        off = (y - rays.y) * rays.dx - (x - rays.x) * rays.dy
-        picked.append(Near(distance[:, k], off, x, y, *rest))
+        off = (at_y - rays.y) * rays.dx - (at_x - rays.x) * rays.dy
+        picked.append(Near(distance[:, k], off, at_x, at_y, *rest))
     return picked
 
 

@@ -26,7 +26,7 @@ from cityrag_jax.data.clips import (
 )
 from cityrag_jax.data.pairs import Pairs, load_pairs
 from cityrag_jax.data.store import City
-from cityrag_jax.training.tasks import Examples, Task
+from cityrag_jax.training.task import Examples, Task
 
 Sources = list[tuple[City, Pairs]]
 
@@ -168,6 +168,14 @@ def draw_batch(
     return {name: x[chosen] for name, x in pool.items()}
 
 
+def clips_at_once(config: ConfigDict) -> int:
+    """Count the held-out clips of a batch: those of training, to compile once."""
+    train = config.train
+    return min(
+        train.encode_batch if train.pool else train.batch_size, config.eval.clips
+    )
+
+
 def held_out_examples(
     task: Task, sources: Sources, config: ConfigDict, mesh: Mesh | None
 ) -> list[Examples]:
@@ -185,7 +193,7 @@ def held_out_examples(
             min_rotation_deg=config.eval.min_rotation_deg,
         )
     ][: config.eval.clips]
-    size = min(config.train.batch_size, config.eval.clips)
+    size = clips_at_once(config)
     groups = [clips[i : i + size] for i in range(0, len(clips), size)]
     return [task.encode(place(stack_clips(group), mesh)) for group in groups]
 

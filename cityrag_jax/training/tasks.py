@@ -1,21 +1,13 @@
-"""What is learned: the transformer's velocities, or the autoencoder's reconstructions.
+"""CityRAG as a task: velocities of noisy latents, and what the encoders make of clips.
 
-A task says which module is trained, turns clips into examples on the device (once, with
-whatever is frozen), and measures the loss of examples. Random draws depend on seed,
-step and clip alone, never on the mesh or on the order within a batch.
+`make_task` chooses between it and the autoencoder's reconstructions.
 """
-
-import abc
-import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip, Conditions
@@ -24,81 +16,23 @@ from cityrag_jax.checkpoint import (
     Description,
     abstract_model,
     describe,
-    draw_parameters,
     latest_model,
     parameters,
     read_config,
     with_parameters,
 )
 from cityrag_jax.diffusion import flow
-from cityrag_jax.encode import encode_conditions, encode_target, to_unit
+from cityrag_jax.encode import encode_conditions, encode_target
 from cityrag_jax.model.clip_vision import CLIPVision
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
-from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.model.vae import WanVAE
 from cityrag_jax.parallel import loading_dtype
-
-Params = dict[str, Array]
-Examples = dict[str, Array]  # every array has a leading clip axis
+from cityrag_jax.training.reconstruction import VAEReconstruction, describe_autoencoder
+from cityrag_jax.training.task import Examples, Task
 
 MASK_CHANNELS = 4
-
-
-class Task(abc.ABC):
-    """One way to train one module, whose name in a bundle is `part`.
-
-    `base` is what the training does not change but a model needs.
-    """
-
-    part: str
-    base: Bundle
-
-    def __init__(self, config: ConfigDict, start: Bundle | None):
-        self.description = describe_model(config)
-        self.seed = config.seed
-        self._start = start
-        self._abstract = abstract_model(self.description)
-
-    def initial_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
-        """Give the parameters to start from, drawn or copied onto their shards."""
-        fresh = self._draw(shardings)
-        if self._start is None or self.part not in self._start.modules:
-            return fresh
-        given = parameters(self._start.modules[self.part])
-        _check_start(given, fresh, self._start.origin)
-        # The start may be stored in bfloat16; what is trained keeps its own type.
-        given = {name: x.astype(fresh[name].dtype) for name, x in given.items()}
-        return jax.device_put(self._continue(fresh, given), dict(shardings))
-
-    def _draw(self, shardings: Mapping[str, Sharding]) -> Params:
-        return draw_parameters(self.description, self.seed, shardings)
-
-    def _continue(self, fresh: Params, given: Params) -> Params:
-        return fresh | given
-
-    @abc.abstractmethod
-    def encode(self, clip: Clip) -> Examples:
-        """Turn a batch of clips into examples on the device."""
-
-    @abc.abstractmethod
-    def loss(
-        self, params: Params, examples: Examples, step: Int32[Array, ""]
-    ) -> tuple[Array, dict[str, Array]]:
-        """Measure the training loss of a batch, with what else to report."""
-
-    @abc.abstractmethod
-    def held_out_loss(self, params: Params, examples: Examples) -> Array:
-        """Measure examples with the same noise and times at every call."""
-
-    def finish(self, params: Params, examples: Iterable[Examples]) -> Bundle:
-        """Give the trained model with everything that is needed to use it."""
-        model = with_parameters(abstract_model(self.description), params)
-        return dataclasses.replace(
-            self.base,
-            modules=self.base.modules | {self.part: model},
-            descriptions=self.base.descriptions | {self.part: self.description},
-        )
 
 
 def make_task(config: ConfigDict, start: Bundle | None, resumed: bool = False) -> Task:
@@ -119,11 +53,7 @@ def describe_model(config: ConfigDict) -> Description:
     """Describe the module that a config trains, without building it."""
     model = config.model
     if config.task == "VAEReconstruction":
-        plain = dict(
-            latent_mean=(0.0,) * model.autoencoder.z_dim,
-            latent_std=(1.0,) * model.autoencoder.z_dim,
-        )
-        return describe(WanVAE, VAEConfig(**model.autoencoder, **plain))
+        return describe_autoencoder(config)
     sizes = dict(model.transformer)
     if model.preset:
         transformer = getattr(DiTConfig, model.preset)(**sizes)
@@ -153,7 +83,7 @@ class CityRAG(Task):
     part = "transformer"
 
     def __init__(self, config: ConfigDict, start: Bundle | None):
-        super().__init__(config, start)
+        super().__init__(config, start, describe_model(config))
         self.shift = config.train.shift
         self.drop = config.train.drop_probability
         self.mismatch = config.train.mismatch_probability
@@ -279,102 +209,6 @@ def encode_example(
     return {name: x for name, x in example.items() if x is not None}
 
 
-class VAEReconstruction(Task):
-    """A video autoencoder of the Wan architecture from scratch, for toy cities.
-
-    L1 + 0.5 L1 of spatial gradients + MSE + a KL to the unit normal. The decoder sees
-    `latent_noise` times the latents' deviation in noise besides the posterior's own, so
-    that it forgives the transformer's errors. Mean and deviation of the latents, the
-    posterior's noise included, are measured at the end and stored in the config: a
-    channel that carries nothing stays near 0 instead of being blown up.
-    """
-
-    part = "vae"
-
-    def __init__(self, config: ConfigDict, start: Bundle | None):
-        super().__init__(config, start)
-        self.window = config.train.window_frames
-        self.kl_weight = config.train.kl_weight
-        self.latent_noise = config.train.latent_noise
-        self.base = Bundle({}, {self.part: self.description})
-
-    def encode(self, clip: Clip) -> Examples:
-        """Keep the target's 8-bit frames."""
-        return {
-            "frames": jnp.asarray(clip.frames),
-            "clip_id": jnp.asarray(clip.clip_id),
-        }
-
-    def loss(self, params, examples, step):
-        """Reconstruct `train.window_frames` at a random place of each clip."""
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
-        place_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(
-            flow.clip_keys(key, examples["clip_id"])
-        )
-        frames = examples["frames"]
-        last = frames.shape[1] - self.window
-        places = jax.vmap(lambda k: jax.random.randint(k, (), 0, last + 1))(place_keys)
-        windows = jax.vmap(
-            lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, self.window)
-        )(frames, places)
-        return self._reconstruction_loss(params, to_unit(windows), noise_keys)
-
-    def held_out_loss(self, params, examples):
-        """Reconstruct whole clips from the mean of their latents."""
-        video = to_unit(examples["frames"])
-        vae = with_parameters(self._abstract, params)
-        return reconstruction_errors(vae.decode_raw(vae.posterior(video)[0]), video)
-
-    def _reconstruction_loss(self, params, video, noise_keys):
-        vae = with_parameters(self._abstract, params)
-        mean, log_variance = vae.posterior(video)
-        log_variance = jnp.clip(log_variance, -30, 20)
-        variance = jnp.exp(log_variance)
-        if self.latent_noise:
-            spread = jax.lax.stop_gradient(mean.var((0, 1, 2, 3), keepdims=True))
-            variance += self.latent_noise**2 * spread
-        noise = flow.draw_noise(noise_keys, mean.shape[1:])
-        decoded = vae.decode_raw(mean + jnp.sqrt(variance) * noise)
-        errors = reconstruction_errors(decoded, video).mean()
-        kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
-        mse = jnp.mean((jnp.clip(decoded, -1, 1) - video) ** 2)
-        psnr = 10 * jnp.log10(4 / mse)
-        return errors + self.kl_weight * kl, {"kl": kl, "psnr": psnr}
-
-    def finish(self, params, examples):
-        """Measure the latents' statistics and store them with the autoencoder."""
-        measure = jax.jit(self._moments)
-        moments = [jax.device_get(measure(params, e["frames"])) for e in examples]
-        first = np.mean([m[0] for m in moments], axis=0, dtype=np.float64)
-        second = np.mean([m[1] for m in moments], axis=0, dtype=np.float64)
-        config = dataclasses.replace(
-            read_config(self.description),
-            latent_mean=tuple(first.tolist()),
-            latent_std=tuple(np.sqrt(second - first**2).tolist()),
-        )
-        description = describe(WanVAE, config)
-        vae = with_parameters(abstract_model(description), params)
-        return Bundle({self.part: vae}, {self.part: description})
-
-    def _moments(self, params, frames):
-        vae = with_parameters(self._abstract, params)
-        mean, log_variance = vae.posterior(to_unit(frames))
-        axes = tuple(range(mean.ndim - 1))
-        return mean.mean(axes), (mean**2 + jnp.exp(log_variance)).mean(axes)
-
-
-def reconstruction_errors(
-    decoded: Float[Array, "B T H W 3"], video: Float[Array, "B T H W 3"]
-) -> Float[Array, " B"]:
-    """Give L1 + 0.5 L1 of the gradients along H and W + MSE, for each clip."""
-    difference = decoded - video
-    gradients = sum(
-        jnp.abs(jnp.diff(difference, axis=axis)).mean((1, 2, 3, 4)) for axis in (2, 3)
-    )
-    flat = jnp.abs(difference).mean((1, 2, 3, 4))
-    return flat + 0.5 * gradients + (difference**2).mean((1, 2, 3, 4))
-
-
 def _find_vae(path: str, start: Bundle | None) -> tuple[WanVAE, Description]:
     bundle = latest_model(path, dtype=loading_dtype()) if path else start
     if bundle is None or "vae" not in bundle.modules:
@@ -415,25 +249,3 @@ def _find_text(kind: str, config: DiTConfig, start: Bundle | None) -> np.ndarray
         )
     shape = (config.text_len, config.text_dim)
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
-
-
-def _check_start(given: dict[str, Any], values: dict[str, Any], origin: str) -> None:
-    """Parameters of the start must exist here, and all but branches must be given."""
-    lines = [f"unknown here: {name}" for name in given if name not in values]
-    lines += [
-        f"{name}: {given[name].shape} there, {values[name].shape} here"
-        for name in given
-        if name in values and given[name].shape != values[name].shape
-    ]
-    has_branches = any(name.startswith("branches.") for name in given)
-    lines += [
-        f"missing there: {name}"
-        for name in values
-        if name not in given and (has_branches or not name.startswith("branches."))
-    ]
-    if lines:
-        raise ValueError(
-            f"train.init_from ({origin}) does not fit this config:\n  "
-            + "\n  ".join(lines[:20])
-            + "\nUse the config it was trained with, or start from scratch."
-        )
