@@ -72,6 +72,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train.patience = 3
     config.train.max_seconds = 0.0
     config.train.init_from = ""
+    config.train.init_fitting = False  # take of it what has the same shape
     config.train.mesh = ConfigDict(dict(data=1, fsdp=8, sequence=8))
     config.train.log_interval = 10
     config.train.checkpoint_interval = 500

@@ -80,6 +80,7 @@ def _gpu() -> ConfigDict:
     config.train.patience = 3
     config.train.max_seconds = 0.0
     config.train.init_from = ""
+    config.train.init_fitting = False  # take of it what has the same shape
     config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.train.log_interval = 50
     config.train.checkpoint_interval = 2000

@@ -21,6 +21,7 @@ from cityrag_jax.checkpoint import (
     draw_parameters,
     latest_model,
     new_model,
+    parameter_shardings,
     parameters,
     save_bundle,
 )
@@ -228,6 +229,24 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(folder):
         frozen = name.startswith(("encoder.", "quant_conv."))
         same = np.array_equal(old[name], new[name])
         assert same == frozen or not np.any(old[name]), name
+
+
+def test_what_fits_of_a_start_is_taken_and_the_rest_drawn(folder):
+    """Another width of latents: the outermost convolutions are new, the rest is not."""
+    changes = dict(model__autoencoder__z_dim=8, train__init_fitting=True)
+    config = get_config("toy_vae", **changes)
+    start = latest_model(folder / "vae")
+    task = make_task(config, start)
+    shardings = parameter_shardings(abstract_model(task.description), None)
+    made = task.initial_parameters(shardings)
+    given = parameters(start.modules["vae"])
+    new = [name for name, x in made.items() if x.shape != given[name].shape]
+    assert new and all("conv" in name for name in new)
+    for name in set(made) - set(new):
+        np.testing.assert_array_equal(made[name], given[name])
+    config.train.init_fitting = False
+    with pytest.raises(ValueError, match="init_fitting"):
+        make_task(config, start).initial_parameters(shardings)
 
 
 def test_texture_is_compared_by_amount_not_by_place():

@@ -43,6 +43,7 @@ class Task(abc.ABC):
         self.description = description
         self.seed = config.seed
         self._start = start
+        self._fitting = config.train.init_fitting
         self._abstract = abstract_model(description)
 
     def initial_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
@@ -51,7 +52,10 @@ class Task(abc.ABC):
         if self._start is None or self.part not in self._start.modules:
             return fresh
         given = parameters(self._start.modules[self.part])
-        check_start(given, fresh, self._start.origin)
+        if self._fitting:
+            given = fitting(given, fresh)
+        else:
+            check_start(given, fresh, self._start.origin)
         # The start may be stored in bfloat16; what is trained keeps its own type.
         given = {name: x.astype(fresh[name].dtype) for name, x in given.items()}
         return jax.device_put(self._continue(fresh, given), dict(shardings))
@@ -86,6 +90,15 @@ class Task(abc.ABC):
         )
 
 
+def fitting(given: Params, fresh: Params) -> Params:
+    """Take of a start what has name and shape here, as behind other latents."""
+    return {
+        name: x
+        for name, x in given.items()
+        if name in fresh and x.shape == fresh[name].shape
+    }
+
+
 def check_start(given: dict[str, Any], values: dict[str, Any], origin: str) -> None:
     """Parameters of the start must exist here, and all but branches must be given."""
     lines = [f"unknown here: {name}" for name in given if name not in values]
@@ -104,5 +117,6 @@ def check_start(given: dict[str, Any], values: dict[str, Any], origin: str) -> N
         raise ValueError(
             f"train.init_from ({origin}) does not fit this config:\n  "
             + "\n  ".join(lines[:20])
-            + "\nUse the config it was trained with, or start from scratch."
+            + "\nUse the config it was trained with, or start from scratch; with "
+            "--config.train.init_fitting=True what fits is taken and the rest drawn."
         )
