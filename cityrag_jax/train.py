@@ -32,7 +32,6 @@ from cityrag_jax.batch import latent_shape
 from cityrag_jax.checkpoint import (
     TrainingCheckpoints,
     abstract_model,
-    latest_model,
     load_bundle,
     parameter_shardings,
     parameters,
@@ -62,7 +61,7 @@ from cityrag_jax.training.step import (
     state_shardings,
 )
 from cityrag_jax.training.task import Examples, Task
-from cityrag_jax.training.tasks import describe_model, make_task
+from cityrag_jax.training.tasks import describe_model, make_task, read_start
 
 STATISTICS_BATCHES = 32
 GROUPS = ("params", "ema", "optimizer")
@@ -114,13 +113,10 @@ class _Training:
     def _make_task(self) -> Task:
         """Make the task from the start model, or when resuming from what was kept."""
         base = self.workdir / "base"
-        kinds = dict(dtype=loading_dtype(), mesh=self.mesh)
         if self.checkpoints.steps:
-            return make_task(self.config, load_bundle(base, **kinds), True)
-        start = None
-        if self.config.train.init_from:
-            start = latest_model(self.config.train.init_from, **kinds)
-        task = make_task(self.config, start)
+            kept = load_bundle(base, dtype=loading_dtype(), mesh=self.mesh)
+            return make_task(self.config, kept)
+        task = make_task(self.config, read_start(self.config, self.mesh))
         save_bundle(base, task.base, overwrite=True)
         return task
 
@@ -315,11 +311,18 @@ def check_config(config: ConfigDict) -> None:
         f"be {devices}, or 1 to use one device.",
     )
     ways = mesh["data"] * mesh["fsdp"]
-    require(
-        t.batch_size % ways == 0,
-        f"train.batch_size {t.batch_size} does not divide over data x fsdp = {ways}.",
-    )
     together = clips_at_once(config)
+    shared = {
+        "train.batch_size": t.batch_size,
+        "eval.clips, encoded together,": together,
+    }
+    if t.pool:
+        shared["train.encode_batch"] = t.encode_batch
+    for name, size in shared.items():
+        require(
+            size % ways == 0,
+            f"{name} {size} does not divide over data x fsdp = {ways}.",
+        )
     require(
         config.eval.clips % together == 0,
         f"eval.clips {config.eval.clips} must be a multiple of {together}, the clips "

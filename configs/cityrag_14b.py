@@ -64,6 +64,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train.fresh = 0
     config.train.encode_batch = 1
     config.train.unroll_blocks = 1
+    config.train.stream_dtype = "float32"
     config.train.updates_per_call = 1
     config.train.shift = 3.0
     config.train.drop_probability = 0.1

@@ -46,7 +46,14 @@ CONFIG = ConfigDict(
             vae="",
             text="constant",
         ),
-        train=dict(shift=3.0, drop_probability=0.3),
+        train=dict(
+            shift=3.0,
+            drop_probability=0.3,
+            mismatch_probability=0.3,
+            unroll_blocks=1,
+            stream_dtype="float32",
+            init_fitting=False,
+        ),
         eval=dict(draws=1, seed=0),
     )
 )
@@ -115,7 +122,7 @@ def _update(task, params, examples, mesh):
     step = make_step(task.loss, optimizer, labels, 0.99, shardings)
     state, metrics = step(state, examples)
     change = {n: np.asarray(x) - params[n] for n, x in state.params.items()}
-    return metrics["loss"], state.optimizer[0], change, state
+    return metrics["loss"][0], state.optimizer[0], change, state
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_weights_are_small_and_those_of_the_config():
         shapes = {k: x.shape for k, x in parameters(stored).items()}
         assert shapes == {k: x.shape for k, x in parameters(wanted).items()}
         total += sum(int(np.prod(shape)) for shape in shapes.values())
-    assert 9e6 < total < 11e6
+    assert 21e6 < total < 23e6
 
 
 @pytest.mark.long

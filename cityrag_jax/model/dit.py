@@ -45,9 +45,11 @@ class DiTConfig:
     """Sizes of a Wan transformer; `image_dim` None means no image cross-attention.
 
     `dtype` is the arithmetic of linears and attention, `param_dtype` that of stored
-    parameters. `remat` recomputes blocks in the backward pass, attention excepted.
-    `unroll` blocks make one turn of the loop over blocks: small ones train faster so,
-    what the backward pass needs of them is not copied into stacks.
+    parameters, `stream_dtype` what the residual stream is kept in between its sums:
+    float32 as in the official code, or half of that memory and traffic. `remat`
+    recomputes blocks in the backward pass, attention excepted. `unroll` blocks make one
+    turn of the loop over blocks: small ones train faster so, for what the backward pass
+    needs of them is not copied into stacks.
     """
 
     dim: int
@@ -63,6 +65,7 @@ class DiTConfig:
     eps: float = 1e-6
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    stream_dtype: DTypeLike = jnp.float32
     remat: bool = False
     unroll: int = 1
 
@@ -167,6 +170,11 @@ class Branch(nnx.Module):
         return x
 
 
+def add(x: Float[Array, "B L D"], update: Float[Array, "B _ D"]) -> Float[Array, "..."]:
+    """Add to the residual stream in float32; it keeps its type."""
+    return (x.astype(jnp.float32) + update.astype(jnp.float32)).astype(x.dtype)
+
+
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
     """Build `count` equal modules as one whose parameters have a leading layer axis."""
     keys = jax.random.split(rngs.params(), count)
@@ -174,7 +182,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.R
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and feed-forward on a float32 residual stream."""
+    """Self-attention, cross-attention and feed-forward on the residual stream."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
@@ -193,13 +201,16 @@ class Block(nnx.Module):
         attention, feed_forward = self.modulations(time)
 
         m = attention.modulate(x, self.eps)
-        x = x + attention.gate * self.self_attention(
-            m, m, grid.angles, grid.angles, grid.length
+        x = add(
+            x,
+            attention.gate
+            * self.self_attention(m, m, grid.angles, grid.angles, grid.length),
         )
         for branch, layer, prepared in hooks:
             x = branch.after_self_attention(layer, x, attention, grid, prepared)
-        x = x + self.cross_attention(self.cross_norm(x), *context)
-        x = x + feed_forward.gate * self.ffn(feed_forward.modulate(x, self.eps))
+        x = add(x, self.cross_attention(self.cross_norm(x), *context))
+        m = feed_forward.modulate(x, self.eps)
+        x = add(x, feed_forward.gate * self.ffn(m))
         for branch, layer, prepared in hooks:
             x = branch.after_block(layer, x, grid, prepared)
         return shard(x, "batch", "tokens", None)
@@ -303,7 +314,7 @@ class WanDiT(nnx.Module):
         time, time6 = self.embed_time(timesteps)
         context = self.embed_context(text, image)
         shape = token_grid(latents.shape[1:4])
-        x = self.patch_embedding(patchify(latents)).astype(jnp.float32)
+        x = self.patch_embedding(patchify(latents)).astype(self.config.stream_dtype)
         x, angles, length = pad_tokens(x, rotary_angles(shape, self.config.head_dim))
         x = shard(x, "batch", "tokens", None)
         grid = TokenGrid(shape, angles, length)

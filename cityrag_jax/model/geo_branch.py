@@ -25,6 +25,7 @@ from cityrag_jax.model.dit import (
     Prepared,
     TokenGrid,
     WanDiT,
+    add,
     pad_tokens,
     patchify,
     stack_layers,
@@ -111,7 +112,7 @@ class GeoBranch(Branch):
             length,
         )
         out = modulation.gate * out
-        return x + (out if keep is None else keep * out)
+        return add(x, out if keep is None else keep * out)
 
 
 # What a new branch takes from the base, name by name; the rest stays as it is made:

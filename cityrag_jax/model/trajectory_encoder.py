@@ -12,6 +12,7 @@ from cityrag_jax.model.dit import (
     DiTConfig,
     Prepared,
     TokenGrid,
+    add,
     stack_layers,
 )
 from cityrag_jax.model.layers import MLP, ZEROS, Linear
@@ -75,4 +76,4 @@ class TrajectoryEncoder(Branch):
             )
         addend = jnp.repeat(prepared.layerwise, h * w, axis=1)
         padding = x.shape[1] - addend.shape[1]
-        return x + jnp.pad(addend, ((0, 0), (0, padding), (0, 0)))
+        return add(x, jnp.pad(addend, ((0, 0), (0, padding), (0, 0))))

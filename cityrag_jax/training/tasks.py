@@ -3,10 +3,14 @@
 `make_task` chooses between it and the autoencoder's reconstructions.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
@@ -14,6 +18,7 @@ from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import (
     Bundle,
     Description,
+    Modules,
     abstract_model,
     describe,
     latest_model,
@@ -33,19 +38,40 @@ from cityrag_jax.training.reconstruction import VAEReconstruction, describe_auto
 from cityrag_jax.training.task import Examples, Task
 
 MASK_CHANNELS = 4
+TRAIN_ONE = (
+    "train one with `python -m cityrag_jax.train --config=configs/toy_vae.py "
+    "--workdir=DIR` and give --config.model.vae=DIR"
+)
 
 
-def make_task(config: ConfigDict, start: Bundle | None, resumed: bool = False) -> Task:
-    """Build the config's task; `start` is the model of `train.init_from`, if any.
+def read_start(config: ConfigDict, mesh: Mesh | None = None) -> Bundle | None:
+    """Read what a new training starts from, onto the mesh, each network when asked for.
 
-    A resumed training has what it needs (`base/` of its workdir) in `start` instead.
+    That is the model of `train.init_from`, if any, with the autoencoder of `model.vae`
+    in the place of its own, if that is given.
     """
+    kinds = dict(dtype=loading_dtype(), mesh=mesh)
+    start = None
+    if config.train.init_from:
+        start = latest_model(config.train.init_from, **kinds)
+    if config.task != "CityRAG" or not config.model.vae:
+        return start
+    other = latest_model(config.model.vae, **kinds)
+    if "vae" not in other.modules:
+        raise ValueError(f"There is no autoencoder in {config.model.vae}; {TRAIN_ONE}.")
+    start = start or dataclasses.replace(other, modules={}, descriptions={}, text=None)
+    return dataclasses.replace(
+        start,
+        modules=Modules.of(start.modules) | {"vae": other.modules["vae"]},
+        descriptions=start.descriptions | {"vae": other.descriptions["vae"]},
+    )
+
+
+def make_task(config: ConfigDict, start: Bundle | None) -> Task:
+    """Build the config's task upon what `read_start` gave, or `base/` of a workdir."""
     tasks = {"CityRAG": CityRAG, "VAEReconstruction": VAEReconstruction}
     if config.task not in tasks:
         raise ValueError(f"config.task is {config.task!r}; choose of {sorted(tasks)}.")
-    if resumed and config.task == "CityRAG":
-        config = config.copy_and_resolve_references()
-        config.model.vae = ""
     return tasks[config.task](config, start)
 
 
@@ -66,9 +92,9 @@ def describe_model(config: ConfigDict) -> Description:
     return describe(WanDiT, transformer, branches)
 
 
-def unrolled(description: Description, blocks: int) -> Description:
-    """Describe the same transformer with so many blocks in a turn of its loop."""
-    return description | {"config": description["config"] | {"unroll": blocks}}
+def as_trained(description: Description, **changes: Any) -> Description:
+    """Describe the same transformer, computed in another way while it is trained."""
+    return description | {"config": description["config"] | changes}
 
 
 class CityRAG(Task):
@@ -91,9 +117,13 @@ class CityRAG(Task):
         self.eval_seed = config.eval.seed
         self._transformer = read_config(self.description)
         self._abstract = abstract_model(
-            unrolled(self.description, config.train.unroll_blocks)
+            as_trained(
+                self.description,
+                unroll=config.train.unroll_blocks,
+                stream_dtype=config.train.stream_dtype,
+            )
         )
-        vae, vae_description = _find_vae(config.model.vae, start)
+        vae, vae_description = _find_vae(start)
         self._check(vae)
         self._text = _find_text(config.model.text, self._transformer, start)
         self._encoders = {"vae": vae}
@@ -209,16 +239,11 @@ def encode_example(
     return {name: x for name, x in example.items() if x is not None}
 
 
-def _find_vae(path: str, start: Bundle | None) -> tuple[WanVAE, Description]:
-    bundle = latest_model(path, dtype=loading_dtype()) if path else start
-    if bundle is None or "vae" not in bundle.modules:
-        where = path or (start.origin if start else "train.init_from (not given)")
-        raise ValueError(
-            f"There is no autoencoder in {where}. Train one with "
-            "`python -m cityrag_jax.train --config=configs/toy_vae.py --workdir=DIR` "
-            "and give --config.model.vae=DIR."
-        )
-    return bundle.modules["vae"], bundle.descriptions["vae"]
+def _find_vae(start: Bundle | None) -> tuple[WanVAE, Description]:
+    if start is None or "vae" not in start.modules:
+        where = start.origin if start else "train.init_from (not given)"
+        raise ValueError(f"There is no autoencoder in {where}; {TRAIN_ONE}.")
+    return start.modules["vae"], start.descriptions["vae"]
 
 
 def _find_clip(config: DiTConfig, start: Bundle | None) -> CLIPVision:
