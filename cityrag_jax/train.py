@@ -15,7 +15,6 @@ happened. DIR will hold:
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from absl import app, flags, logging
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict, config_flags
 
-from cityrag_jax.batch import latent_shape
 from cityrag_jax.checkpoint import (
     TrainingCheckpoints,
     abstract_model,
@@ -39,9 +37,12 @@ from cityrag_jax.checkpoint import (
     stacked_parameters,
 )
 from cityrag_jax.parallel import keep_compilations, loading_dtype, make_mesh
+from cityrag_jax.training.checks import (
+    check_config,
+    claim_workdir,
+)
 from cityrag_jax.training.examples import (
     Pool,
-    clips_at_once,
     draw_batch,
     held_out_examples,
     open_cities,
@@ -61,12 +62,10 @@ from cityrag_jax.training.step import (
     state_shardings,
 )
 from cityrag_jax.training.task import Examples, Task
-from cityrag_jax.training.tasks import describe_model, make_task, read_start
+from cityrag_jax.training.tasks import make_task, read_start
 
 STATISTICS_BATCHES = 32
 GROUPS = ("params", "ema", "optimizer")
-# A training may be continued with another limit of time; the last three do not train.
-FREE_KEYS = ("train.max_seconds", "eval.table_clips", "eval.batch_size", "sample.")
 
 
 def train(config: ConfigDict, workdir: Path | str) -> Path:
@@ -148,7 +147,7 @@ class _Training:
         state = self.restore()
         first = int(state.step)
         held_out = held_out_examples(task, self.sources, config, self.mesh)
-        measure = jax.jit(task.held_out_loss)
+        measure = jax.jit(task.held_out_losses)
         update, examples = self._make_update(first)
         log = TrainingLog(
             self.workdir,
@@ -160,7 +159,7 @@ class _Training:
         log.say(describe_start(config, self.labels, state.params, first))
         losses, step, clock = _Losses(config.train.patience), first, None
         intervals = config.train
-        held = {"held_out": measure_held_out(measure, state, held_out)}
+        held = measure_held_out(measure, state, held_out)
         log.write(first, held)
         while step < intervals.steps:
             state, metrics = update(state, next(examples))
@@ -176,7 +175,7 @@ class _Training:
             if step % intervals.log_interval == 0 or save or evaluate:
                 report = losses.collect()
                 if evaluate:
-                    held = {"held_out": measure_held_out(measure, state, held_out)}
+                    held = measure_held_out(measure, state, held_out)
                     report |= held
                 log.report(step, report, spent)
             if save and losses.healthy:
@@ -271,10 +270,15 @@ class _Losses:
         return mean | {"refused": float(bad.sum())}
 
 
-def measure_held_out(measure, state: TrainState, batches: list[Examples]) -> float:
-    """Average the held-out loss of the averaged parameters, if there are any."""
-    losses = [measure(state.ema or state.params, batch) for batch in batches]
-    return float(np.mean(np.concatenate(jax.device_get(losses))))
+def measure_held_out(
+    measure, state: TrainState, batches: list[Examples]
+) -> dict[str, float]:
+    """Average the held-out losses of the averaged parameters, if there are any."""
+    losses = jax.device_get([measure(state.ema or state.params, b) for b in batches])
+    return {
+        name: float(np.mean(np.concatenate([loss[name] for loss in losses])))
+        for name in losses[0]
+    }
 
 
 def _with_shardings(abstract: TrainState, shardings: TrainState | None) -> TrainState:
@@ -286,162 +290,6 @@ def _with_shardings(abstract: TrainState, shardings: TrainState | None) -> Train
         abstract,
         shardings,
     )
-
-
-# --------------------------------------------------------------------------------------
-# Checks, before anything trains
-# --------------------------------------------------------------------------------------
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raise ValueError with everything in the config that cannot work."""
-    problems = []
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            problems.append(message)
-
-    t, data = config.train, config.data
-    mesh = dict(t.mesh)
-    devices = jax.device_count()
-    count = int(np.prod(list(mesh.values())))
-    require(
-        count in (1, devices),
-        f"train.mesh {mesh} has {count} places for {devices} devices; its product must "
-        f"be {devices}, or 1 to use one device.",
-    )
-    ways = mesh["data"] * mesh["fsdp"]
-    together = clips_at_once(config)
-    shared = {
-        "train.batch_size": t.batch_size,
-        "eval.clips, encoded together,": together,
-    }
-    if t.pool:
-        shared["train.encode_batch"] = t.encode_batch
-    for name, size in shared.items():
-        require(
-            size % ways == 0,
-            f"{name} {size} does not divide over data x fsdp = {ways}.",
-        )
-    require(
-        config.eval.clips % together == 0,
-        f"eval.clips {config.eval.clips} must be a multiple of {together}, the clips "
-        "that are encoded together, or not more.",
-    )
-    require(
-        not t.pool or t.pool >= t.batch_size,
-        f"train.pool {t.pool} is smaller than train.batch_size {t.batch_size}; use 0 "
-        "to stream.",
-    )
-    for name in ("steps", "log_interval", "checkpoint_interval", "keep", "patience"):
-        require(t[name] >= 1, f"train.{name} is {t[name]}; it must be 1 or more.")
-    _check_calls(config, require)
-    require(
-        t.save_dtype in ("float32", "bfloat16", "int8"),
-        f"train.save_dtype is {t.save_dtype!r}; choose float32, bfloat16 or int8.",
-    )
-    require(
-        0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."
-    )
-    if config.task == "CityRAG":
-        _check_transformer(config, mesh, require)
-    try:
-        latent_shape(data.num_frames, data.height, data.width)
-    except ValueError as error:
-        problems.append(f"data: {error}")
-    if problems:
-        raise ValueError("The config does not work:\n  " + "\n  ".join(problems))
-
-
-def _check_calls(config, require):
-    """One call makes several updates from the pool, and joins whole batches to it."""
-    t = config.train
-    each = t.updates_per_call
-    require(each >= 1, f"train.updates_per_call is {each}; it must be 1 or more.")
-    require(
-        each == 1 or t.pool > 0,
-        f"train.updates_per_call is {each} but train.pool is 0: a stream gives one "
-        "batch for an update; use 1.",
-    )
-    intervals = {f"train.{n}": t[n] for n in _INTERVALS}
-    for name, value in (intervals | {"eval.interval": config.eval.interval}).items():
-        require(
-            each < 1 or value % each == 0,
-            f"{name} {value} is not a multiple of train.updates_per_call {each}.",
-        )
-    require(
-        t.fresh % t.encode_batch == 0,
-        f"train.fresh {t.fresh} is not a multiple of train.encode_batch "
-        f"{t.encode_batch}.",
-    )
-    require(
-        t.pool_start == 0 or t.pool_start >= t.batch_size,
-        f"train.pool_start {t.pool_start} is smaller than train.batch_size "
-        f"{t.batch_size}; use 0 to fill the pool at once.",
-    )
-
-
-_INTERVALS = ("steps", "log_interval", "checkpoint_interval")
-
-
-def _check_transformer(config, mesh, require):
-    heads = describe_model(config)["config"]["num_heads"]
-    require(
-        heads % mesh["sequence"] == 0,
-        f"The transformer's {heads} heads do not divide over train.mesh.sequence = "
-        f"{mesh['sequence']}.",
-    )
-    drop = config.train.drop_probability
-    require(0 <= drop < 1, f"train.drop_probability {drop} must be 0 to 1.")
-
-
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Write the config into a new workdir, or compare it with that of a used one."""
-    path = workdir / "config.json"
-    flat = flatten_config(config)
-    if path.exists():
-        compare_configs(json.loads(path.read_text()), flat, workdir)
-        return
-    if (workdir / "checkpoints").exists():
-        raise ValueError(f"{workdir} has checkpoints but no config.json; use another.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
-    temporary.rename(path)
-
-
-def flatten_config(config: ConfigDict) -> dict[str, Any]:
-    """Give all values by dotted key, as JSON would return them."""
-    flat = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, ConfigDict):
-            for key in value:
-                visit(f"{prefix}.{key}" if prefix else key, value[key])
-        else:
-            flat[prefix] = value
-
-    visit("", config)
-    return json.loads(json.dumps(flat))
-
-
-def compare_configs(
-    stored: dict[str, Any], given: dict[str, Any], workdir: Path
-) -> None:
-    """Raise ValueError that names every key whose value differs, with both values."""
-    absent = "(absent)"
-    lines = [
-        f"{key}: {stored.get(key, absent)!r} there, {given.get(key, absent)!r} now"
-        for key in sorted(stored.keys() | given.keys())
-        if key not in FREE_KEYS and stored.get(key, absent) != given.get(key, absent)
-    ]
-    if lines:
-        raise ValueError(
-            f"{workdir} was trained with another config:\n  "
-            + "\n  ".join(lines)
-            + "\nRepeat the old command to go on, or choose another --workdir (with "
-            "--config.train.init_from to start from this model)."
-        )
 
 
 # --------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval.clips = 32
     config.eval.min_rotation_deg = 0.0
     config.eval.seed = 0
+    config.eval.noise_levels = ()
     config.eval.draws = 1
     config.eval.table_clips = 64
     config.eval.batch_size = 2  # another place needs a second clip

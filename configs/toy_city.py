@@ -106,6 +106,7 @@ def _gpu() -> ConfigDict:
     config.eval.clips = 64
     config.eval.min_rotation_deg = 0.0
     config.eval.seed = 0
+    config.eval.noise_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
     config.eval.draws = 4
     config.eval.table_clips = 64
     config.eval.batch_size = 32
@@ -145,7 +146,14 @@ def _demo() -> dict:
             log_interval=1,
             checkpoint_interval=50,
         ),
-        eval=dict(interval=50, clips=2, draws=4, table_clips=8, batch_size=4),
+        eval=dict(
+            interval=50,
+            clips=2,
+            draws=4,
+            noise_levels=(),
+            table_clips=8,
+            batch_size=4,
+        ),
     )
 
 
@@ -185,6 +193,13 @@ def _test() -> dict:
             checkpoint_interval=5,
             save_dtype="float32",
         ),
-        eval=dict(interval=10, clips=4, draws=2, table_clips=4, batch_size=2),
+        eval=dict(
+            interval=10,
+            clips=4,
+            draws=2,
+            noise_levels=(0.5,),
+            table_clips=4,
+            batch_size=2,
+        ),
         sample=dict(num_steps=4),
     )

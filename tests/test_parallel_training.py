@@ -54,7 +54,7 @@ CONFIG = ConfigDict(
             stream_dtype="float32",
             init_fitting=False,
         ),
-        eval=dict(draws=1, seed=0),
+        eval=dict(draws=1, seed=0, noise_levels=()),
     )
 )
 BATCH = 8

@@ -31,6 +31,7 @@ from cityrag_jax.encode import clip_pixels, to_unit
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
 from cityrag_jax.rollout import Generator
 from cityrag_jax.sampling import Sampler
+from cityrag_jax.training.checks import check_config, flatten_config
 from cityrag_jax.training.examples import Pool, clip_config, draw_batch, open_cities
 from cityrag_jax.training.log import TrainingLog, read_metrics
 from cityrag_jax.training.reconstruction import texture_error
@@ -95,6 +96,8 @@ def test_training_learns_and_leaves_a_model(finished):
     lines = read_metrics(finished)
     held_out = [line["held_out"] for line in lines if "held_out" in line]
     assert held_out[-1] < held_out[0]
+    # Zero velocity misses noise minus data by 1 + the latents' mean square.
+    assert all(line["held_out_at_0.5"] > 1 for line in lines if line["step"] == 0)
     assert {line["step"] for line in lines} >= {0, 5, 10}
     assert all(line["refused"] == 0 for line in lines if "loss" in line)
     bundle = latest_model(finished)
@@ -114,24 +117,38 @@ def test_a_resumed_training_is_bitwise_the_same(folder, config, finished):
     assert steps == sorted(steps)
 
 
+def _on_mesh(config, sizes):
+    """Small enough for eight devices, whatever their mesh."""
+    changed = config.copy_and_resolve_references()
+    changed.train.update(dict(batch_size=8, encode_batch=8, fresh=8, pool_start=8))
+    changed.train.update(dict(steps=4, log_interval=1, checkpoint_interval=2))
+    changed.eval.update(dict(clips=8, interval=4))
+    mesh = zip(("data", "fsdp", "sequence"), sizes, strict=True)
+    changed.train.mesh.update(dict(mesh))
+    return changed
+
+
 @pytest.mark.long
-def test_a_mesh_trains_as_one_device_does(folder, config):
+def test_a_mesh_trains_as_one_device_does_and_another_goes_on(folder, config):
     """Through the door, its autoencoder read from a folder; 1e-6 as other meshes."""
     losses = {}
-    for sizes in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
-        changed = config.copy_and_resolve_references()
-        changed.train.update(dict(batch_size=8, encode_batch=8, fresh=8, pool_start=8))
-        changed.train.update(dict(steps=4, log_interval=1, checkpoint_interval=4))
-        changed.eval.update(dict(clips=8, interval=4))
-        mesh = zip(("data", "fsdp", "sequence"), sizes, strict=True)
-        changed.train.mesh.update(dict(mesh))
-        workdir = folder / "mesh{}{}{}".format(*sizes)
-        trainer.train(changed, workdir)
-        lines = read_metrics(workdir)
-        losses[sizes] = [line["loss"] for line in lines if "loss" in line]
-    expected = losses.pop((1, 1, 1))
-    for sizes, values in losses.items():
-        np.testing.assert_allclose(values, expected, rtol=1e-6, err_msg=str(sizes))
+
+    def run(name, sizes):
+        trainer.train(_on_mesh(config, sizes), folder / name)
+        lines = read_metrics(folder / name)
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+
+    run("one", (1, 1, 1))
+    run("data", (8, 1, 1))
+    run("fsdp", (1, 8, 1))
+    run("all", (2, 2, 2))
+    shutil.copytree(folder / "all", folder / "moved")
+    shutil.rmtree(folder / "moved" / "model")
+    shutil.rmtree(folder / "moved" / "checkpoints" / "4")
+    run("moved", (1, 4, 2))
+    for name, values in losses.items():
+        assert len(values) == 4
+        np.testing.assert_allclose(values, losses["one"], rtol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +210,7 @@ def test_a_finished_training_is_left_alone(config, finished, capsys):
 def test_another_config_in_the_same_workdir_is_refused(config, finished):
     other = config.copy_and_resolve_references()
     other.optimizer.learning_rate = 0.5
-    with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.5 now"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.002 there, 0.5 now"):
         trainer.train(other, finished)
 
 
@@ -466,7 +483,7 @@ def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
 )
 def test_a_config_that_cannot_work_is_refused_before_training(changes, message):
     with pytest.raises(ValueError, match=message):
-        trainer.check_config(get_config("toy_city", **changes))
+        check_config(get_config("toy_city", **changes))
 
 
 def test_missing_inputs_are_refused_with_the_remedy(folder, config, tmp_path):
@@ -516,7 +533,7 @@ def test_every_config_can_be_built_and_described():
     ):
         for variant in variants:
             config = get_config(name, variant)
-            flat = trainer.flatten_config(config)
+            flat = flatten_config(config)
             assert json.loads(json.dumps(flat)) == flat
 
 

@@ -77,8 +77,11 @@ class Task(abc.ABC):
         """Measure the training loss of a batch, with what else to report."""
 
     @abc.abstractmethod
-    def held_out_loss(self, params: Params, examples: Examples) -> Array:
-        """Measure examples with the same noise and times at every call."""
+    def held_out_losses(self, params: Params, examples: Examples) -> dict[str, Array]:
+        """Measure examples with the same noise and times at every call.
+
+        `held_out` of every clip is the loss; other names say what it is made of.
+        """
 
     def finish(self, params: Params, examples: Iterable[Examples]) -> Bundle:
         """Give the trained model with everything that is needed to use it."""

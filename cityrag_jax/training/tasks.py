@@ -114,6 +114,7 @@ class CityRAG(Task):
         self.drop = config.train.drop_probability
         self.mismatch = config.train.mismatch_probability
         self.draws = config.eval.draws
+        self.levels = config.eval.noise_levels
         self.eval_seed = config.eval.seed
         self._transformer = read_config(self.description)
         self._abstract = abstract_model(
@@ -177,18 +178,36 @@ class CityRAG(Task):
         value, _ = self._flow_loss(params, examples, flow_key, keep[:, 0], keep[:, 1])
         return value, {}
 
-    def held_out_loss(self, params, examples):
-        """Mean over `eval.draws` fixed draws for each clip, nothing dropped."""
-        keep = jnp.ones(examples["clip_id"].shape)
+    def held_out_losses(self, params, examples):
+        """Mean over `eval.draws` fixed draws for each clip, nothing dropped.
+
+        Beside it the loss at each of `eval.noise_levels`. Where it is near 1 at a low
+        level, the latents hold as much as that which nothing can predict.
+        """
+        clip_id = examples["clip_id"]
+        keep = jnp.ones(clip_id.shape)
         keys = jax.random.split(jax.random.key(self.eval_seed), self.draws)
         losses = [self._flow_loss(params, examples, key, keep, keep)[1] for key in keys]
-        return jnp.stack(losses).mean(axis=0)
+        levels = {}
+        for level in self.levels:
+            _, noise = self._draw_flow(keys[0], examples)
+            sigma = jnp.full(clip_id.shape, level, jnp.float32)
+            given = (params, examples, sigma, noise, keep, keep)
+            levels[f"held_out_at_{level:g}"] = self._velocity_loss(*given)[1]
+        return {"held_out": jnp.stack(losses).mean(axis=0)} | levels
 
     def _flow_loss(self, params, examples, key, keep_pose, keep_geo):
+        sigma, noise = self._draw_flow(key, examples)
+        given = (params, examples, sigma, noise, keep_pose, keep_geo)
+        return self._velocity_loss(*given)
+
+    def _draw_flow(self, key, examples):
+        shape = examples["latents"].shape[1:]
+        return flow.draw(key, examples["clip_id"], shape, self.shift)
+
+    def _velocity_loss(self, params, examples, sigma, noise, keep_pose, keep_geo):
         model = with_parameters(self._abstract, params)
         latents = examples["latents"]
-        clip_id = examples["clip_id"]
-        sigma, noise = flow.draw(key, clip_id, latents.shape[1:], self.shift)
         noisy = flow.interpolate(latents, noise, sigma)
         conditions = Conditions(
             text=jnp.broadcast_to(self._text[None], (len(latents), *self._text.shape)),
