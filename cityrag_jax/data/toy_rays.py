@@ -32,8 +32,8 @@ LAMP_M = 5.5
 POST_RADIUS_M = 0.32
 
 # How many things of a sort each column may meet, in the order of `Seen.index`.
-# Of 100 columns one has more than 5 trees before the first high wall, and of 500 one
-# more than 3 posts.
+# Of 29 columns one passes more than 3 trees before the first high wall, of 150 one more
+# than 5; posts are sparser.
 CARS, PEOPLE, TREES, POSTS = 3, 2, 4, 2
 TRANSIENT = CARS + PEOPLE
 GROUND = TRANSIENT + TREES + POSTS
