@@ -4,7 +4,8 @@
 
 Builds a toy city on disk, takes a photo on a street at a time when nobody drove there,
 draws a path around a corner, retrieves panoramas along it, generates the video with the
-shipped weights, scores it, and trains on for two minutes to show the trainer.
+shipped weights, scores it, and trains on for two minutes to show the trainer. With
+--train-seconds=0 --photo-seeds=5,6,7,8,9 it scores five days instead.
 """
 
 import argparse
