@@ -48,7 +48,7 @@ from cityrag_jax.model.umt5 import UMT5Config
 from cityrag_jax.model.vae import VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-PARTS = ("dit.", "t5.", "clip.")
+PARTS = ("dit.", "vae.", "t5.", "clip.")
 FEATURES = 5e-5  # of text and picture, as the encoders' own goldens
 LATENTS = 1e-4
 VELOCITIES = 2e-4
@@ -79,13 +79,12 @@ def settings(golden):
 def weights():
     """The four networks' tensors, under their own names."""
     tensors = load_file(GOLDEN / "e2e_i2v_tiny.safetensors")
-    parts = {
+    return {
         part: {
             n.removeprefix(part): x for n, x in tensors.items() if n.startswith(part)
         }
         for part in PARTS
     }
-    return parts | {"vae.": load_file(GOLDEN / "vae_tiny.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +328,7 @@ def their_pipeline(golden, settings, weights, dit_folder, conditions):
 def test_pytorch_classes_with_the_same_weights_agree(
     golden, settings, weights, networks, ours, one_torch_thread, tmp_path
 ):
-    """diffusers' own first-frame resize and CLIP crop differ: ours go in."""
+    """diffusers' own first-frame resize and CLIP crop differ (wan.md): ours go in."""
     export_dit(networks[0], tmp_path, "diffusers")
     with torch.no_grad():
         texts = [
