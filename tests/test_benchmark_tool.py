@@ -33,6 +33,20 @@ def check(figures):
     assert figures["tflop_per_s"] == pytest.approx(rate)
 
 
+def test_the_update_of_a_training_is_timed_by_its_config(tmp_path):
+    """Two updates a call; one line of figures, then the table of kernels."""
+    command = [sys.executable, ROOT / "tools/benchmark_training.py", "--calls=1"]
+    command += [f"--config={ROOT}/configs/toy_city.py:test"]
+    command += ["--config.train.updates_per_call=2", f"--profile={tmp_path}"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS="")
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line, kernels = done.stdout.splitlines()[:2]
+    assert "batch 4" in line and "clips/s" in line and "% of peak" in line
+    assert " ms in " in kernels
+
+
 def test_the_command_writes_the_figures_of_its_parts(tmp_path):
     out = tmp_path / "new" / "figures.json"
     command = [sys.executable, TOOL, "--size=tiny", "--repeats=1", "--parts=geo"]

@@ -31,6 +31,15 @@ def check_config(config: ConfigDict) -> None:
 
     t, data = config.train, config.data
     mesh = dict(t.mesh)
+    sizes = {f"train.mesh.{name}": size for name, size in mesh.items()}
+    names = ("steps", "batch_size", "encode_batch", "updates_per_call", "keep")
+    names += ("log_interval", "checkpoint_interval", "patience")
+    sizes |= {f"train.{name}": t[name] for name in names}
+    sizes |= {f"eval.{name}": config.eval[name] for name in ("clips", "interval")}
+    for name, size in sizes.items():
+        require(size >= 1, f"{name} is {size}; it must be 1 or more.")
+    if problems:  # the rest divides by them
+        raise ValueError(_joined(problems))
     devices = jax.device_count()
     count = int(np.prod(list(mesh.values())))
     require(
@@ -61,8 +70,6 @@ def check_config(config: ConfigDict) -> None:
         f"train.pool {t.pool} is smaller than train.batch_size {t.batch_size}; use 0 "
         "to stream.",
     )
-    for name in ("steps", "log_interval", "checkpoint_interval", "keep", "patience"):
-        require(t[name] >= 1, f"train.{name} is {t[name]}; it must be 1 or more.")
     _check_calls(config, require)
     require(
         t.save_dtype in ("float32", "bfloat16", "int8"),
@@ -78,14 +85,17 @@ def check_config(config: ConfigDict) -> None:
     except ValueError as error:
         problems.append(f"data: {error}")
     if problems:
-        raise ValueError("The config does not work:\n  " + "\n  ".join(problems))
+        raise ValueError(_joined(problems))
+
+
+def _joined(problems: list[str]) -> str:
+    return "The config does not work:\n  " + "\n  ".join(problems)
 
 
 def _check_calls(config, require):
     """One call makes several updates from the pool, and joins whole batches to it."""
     t = config.train
     each = t.updates_per_call
-    require(each >= 1, f"train.updates_per_call is {each}; it must be 1 or more.")
     require(
         each == 1 or t.pool > 0,
         f"train.updates_per_call is {each} but train.pool is 0: a stream gives one "
@@ -94,7 +104,7 @@ def _check_calls(config, require):
     intervals = {f"train.{n}": t[n] for n in _INTERVALS}
     for name, value in (intervals | {"eval.interval": config.eval.interval}).items():
         require(
-            each < 1 or value % each == 0,
+            value % each == 0,
             f"{name} {value} is not a multiple of train.updates_per_call {each}.",
         )
     require(
@@ -119,8 +129,9 @@ def _check_transformer(config, mesh, require):
         f"The transformer's {heads} heads do not divide over train.mesh.sequence = "
         f"{mesh['sequence']}.",
     )
-    drop = config.train.drop_probability
-    require(0 <= drop < 1, f"train.drop_probability {drop} must be 0 to 1.")
+    for name in ("drop_probability", "mismatch_probability"):
+        share = config.train[name]
+        require(0 <= share < 1, f"train.{name} {share} must be 0 to 1.")
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
