@@ -36,7 +36,14 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.preset = "i2v_14b"
-    config.model.transformer = ConfigDict(dict(dtype="bfloat16", remat=True))
+    config.model.transformer = ConfigDict(
+        dict(
+            dtype="bfloat16",
+            remat=True,
+            keep=("self_attention", "geo_attention"),  # 24.3 GB a clip
+            offload=(),  # to the host; "block_input" would be another 24.3 GB
+        )
+    )
     config.model.pose = ConfigDict(dict(hidden=512))
     config.model.geo = ConfigDict(dict(latent_channels=16, same_place_bias=0.0))
     config.model.vae = ""  # a folder; empty: that of train.init_from

@@ -2,8 +2,16 @@
 
 Kernels: cuDNN on NVIDIA GPUs, splash on TPUs, plain float32 softmax elsewhere. Keys
 beyond a clip's length are left out by lengths, never by a mask array.
+
+A kernel's backward pass needs the kernel's own result and log-sum-exp. Both carry the
+name that `attend` is given, so that rematerialisation can keep them and need not run
+the forward kernel again.
+
 Source of the layers: Wan-Video/Wan2.1, wan/modules/model.py.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +32,18 @@ def attend(
     k: Float[Array, "B S N K"],
     v: Float[Array, "B S N K"],
     kv_length: Int[Array, " B"] | None = None,
+    *,
+    name: str | None = None,
 ) -> Float[Array, "B L N K"]:
-    """softmax(q k^T / sqrt(K)) v over the first `kv_length` (at least 1) keys."""
+    """softmax(q k^T / sqrt(K)) v over the first `kv_length` (at least 1) keys.
+
+    `name` is what rematerialisation knows a fused kernel's residuals by.
+    """
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if parallel.platform() == "gpu" and half:
-        return _cudnn(q, k, v, kv_length)
+        return _cudnn(q, k, v, kv_length, name)
     if parallel.platform() == "tpu":
-        return _splash(q, k, v, kv_length)
+        return _splash(q, k, v, kv_length, name)
     return _plain(q, k, v, kv_length)
 
 
@@ -44,7 +57,7 @@ def _plain(q, k, v, kv_length):
     return jnp.einsum("BNLS,BSNK->BLNK", weights, v)
 
 
-def _cudnn(q, k, v, kv_length):
+def _cudnn(q, k, v, kv_length, name=None):
     """Make both counts even, as cuDNN's backward pass wants them (257 image rows)."""
     queries, keys = q.shape[1], k.shape[1]
     if keys % 2:
@@ -54,13 +67,48 @@ def _cudnn(q, k, v, kv_length):
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v)
     )
-    out = jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn"
-    )
-    return out[:, :queries]
+
+    def kernel(q: Array, k: Array, v: Array, kv_length: Array | None) -> Array:
+        return jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn"
+        )
+
+    kernel = kernel if name is None else _name_residuals(kernel, name)
+    return kernel(q, k, v, kv_length)[:, :queries]
 
 
-def _splash(q, k, v, kv_length):
+def _name_residuals(kernel: Callable[..., Array], name: str) -> Callable[..., Array]:
+    """Name what a kernel's own derivative rule keeps beside q, k and v.
+
+    A name put on the result from outside comes too late: the rule has kept its own,
+    nameless one.
+    """
+
+    @jax.custom_vjp
+    def named(q, k, v, kv_length):
+        return kernel(q, k, v, kv_length)
+
+    def forward(q, k, v, kv_length):
+        out, pull_back = jax.vjp(lambda *qkv: kernel(*qkv, kv_length), q, k, v)
+        kept, structure = jax.tree.flatten(pull_back)
+        # By identity: the result is among them and must be one array, named once.
+        given = {id(x) for x in (q, k, v)}
+        own = {
+            id(x): checkpoint_name(x, name)
+            for x in (out, *kept)
+            if id(x) not in given and x.size and jnp.issubdtype(x.dtype, jnp.floating)
+        }
+        kept = [own.get(id(x), x) for x in kept]
+        return own[id(out)], structure.unflatten(kept)
+
+    def backward(pull_back, cotangent):
+        return *pull_back(cotangent), None
+
+    named.defvjp(forward, backward)
+    return named
+
+
+def _splash(q, k, v, kv_length, name=None):
     """Pad queries and keys to whole blocks; segment ids keep the padding out.
 
     The backward pass is one kernel instead of two, for which it keeps a dq for each
@@ -95,6 +143,7 @@ def _splash(q, k, v, kv_length):
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=name,
     )
     out = jax.vmap(kernel)(
         pad(q * width**-0.5, padded_q), pad(k, padded_k), pad(v, padded_k), segments
@@ -129,16 +178,21 @@ class Attention(nnx.Module):
         return rearrange(x, "B L (N K) -> B L N K", N=self.num_heads)
 
     def project_out(self, x: Float[Array, "B L N K"]) -> Float[Array, "B L D"]:
-        """Merge the heads and apply `o`; remat keeps the kernel's result by name."""
-        x = checkpoint_name(x, "attention")
+        """Merge the heads and apply `o`."""
         return self.o(rearrange(x, "B L N K -> B L (N K)"))
 
 
 class RotaryAttention(Attention):
     """Attention between token grids with rotary positions on both sides.
 
-    Self-attention when `source` is `x`; CityRAG's geo attention when it is not.
+    Self-attention when `source` is `x`; CityRAG's geo attention when it is not. `name`
+    is what rematerialisation knows the kernel's residuals by.
     """
+
+    def __init__(self, dim, num_heads, eps, *, name=None, dtype, param_dtype, rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(dim, num_heads, eps, **kinds)
+        self.name = name
 
     def __call__(
         self,
@@ -151,7 +205,8 @@ class RotaryAttention(Attention):
         q = rotate(self.heads(self.norm_q(self.q(x))), x_angles)
         k = rotate(self.heads(self.norm_k(self.k(source))), source_angles)
         v = self.heads(self.v(source))
-        out = parallel.exchange_heads(attend, q, k, v, source_length)
+        kernel = partial(attend, name=self.name)
+        out = parallel.exchange_heads(kernel, q, k, v, source_length)
         return self.project_out(out)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -39,6 +40,12 @@ from cityrag_jax.parallel import axis_size, shard
 IMAGE_EPS = 1e-5  # the image embedding's norms alone differ from `eps`
 SMALL_NORMAL = jax.nn.initializers.normal(0.02)
 
+# What a rematerialised block may keep for its backward pass: the residuals of its
+# fused kernels, and the residual stream that it starts from, which stays on the device
+# where nothing else is said.
+BLOCK_INPUT = "block_input"
+REMAT_NAMES = ("self_attention", "geo_attention", BLOCK_INPUT)
+
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
@@ -46,10 +53,15 @@ class DiTConfig:
 
     `dtype` is the arithmetic of linears and attention, `param_dtype` that of stored
     parameters, `stream_dtype` what the residual stream is kept in between its sums:
-    float32 as in the official code, or half of that memory and traffic. `remat`
-    recomputes blocks in the backward pass, attention excepted. `unroll` blocks make one
-    turn of the loop over blocks: small ones train faster so, for what the backward pass
-    needs of them is not copied into stacks.
+    float32 as in the official code, or half of that memory and traffic. `unroll`
+    blocks make one turn of the loop over blocks: small ones train faster so, for what
+    the backward pass needs of them is not copied into stacks.
+
+    `remat` recomputes blocks in the backward pass, except what `keep` and `offload`
+    name of `REMAT_NAMES`: the one stays on the device, the other waits in the host's
+    memory. An attention of L queries keeps its result and log-sum-exp, 2 L dim bytes
+    (bfloat16) a block, and spares its forward kernel a second run. The short
+    cross-attention is always recomputed.
     """
 
     dim: int
@@ -66,14 +78,22 @@ class DiTConfig:
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     stream_dtype: DTypeLike = jnp.float32
-    remat: bool = False
     unroll: int = 1
+    remat: bool = False
+    keep: tuple[str, ...] = ("self_attention", "geo_attention")
+    offload: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(
                 f"dim = {self.dim} over {self.num_heads} heads must give an even head "
                 f"width; choose dim as a multiple of {2 * self.num_heads}."
+            )
+        named = (*self.keep, *self.offload)
+        if not set(named) <= set(REMAT_NAMES) or len(set(named)) < len(named):
+            raise ValueError(
+                f"keep = {self.keep} and offload = {self.offload} must name different "
+                f"ones of {REMAT_NAMES}."
             )
 
     @property
@@ -189,7 +209,7 @@ class Block(nnx.Module):
         size = (config.dim, config.num_heads, config.eps)
         cross = TextAttention if config.image_dim is None else ImageTextAttention
         self.modulation = _modulation_table(6, config, rngs)
-        self.self_attention = RotaryAttention(*size, **kinds)
+        self.self_attention = RotaryAttention(*size, name="self_attention", **kinds)
         self.cross_norm = LayerNorm(
             config.dim, config.eps, param_dtype=config.param_dtype
         )
@@ -358,6 +378,7 @@ class WanDiT(nnx.Module):
 
         def step(x, layer):
             block, branch_layers, layerwise = layer
+            x = checkpoint_name(x, BLOCK_INPUT)
             hooks = [
                 (branch, branch_layer, ready._replace(layerwise=own))
                 for (branch, ready), branch_layer, own in zip(
@@ -367,8 +388,13 @@ class WanDiT(nnx.Module):
             return block(x, time, context, grid, hooks), None
 
         if self.config.remat:
-            keep = jax.checkpoint_policies.save_only_these_names("attention")
-            step = jax.checkpoint(step, prevent_cse=False, policy=keep)
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=self.config.keep,
+                names_which_can_be_offloaded=self.config.offload,
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         layers = [branch.layers for branch, _ in active]
         layerwise = [ready.layerwise for _, ready in active]
         stacks = self.blocks, layers, layerwise

@@ -40,7 +40,12 @@ class GeoLayer(nnx.Module):
         kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype)
         self.norm = LayerNorm(config.dim, config.eps, param_dtype=config.param_dtype)
         self.attention = RotaryAttention(
-            config.dim, config.num_heads, config.eps, rngs=rngs, **kinds
+            config.dim,
+            config.num_heads,
+            config.eps,
+            name="geo_attention",
+            rngs=rngs,
+            **kinds,
         )
         self.attention.o.kernel.set_value(
             jnp.zeros_like(self.attention.o.kernel.get_value())
