@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cityrag_jax import parallel
-from cityrag_jax.model.layers import Linear, RMSNorm, rotate
+from cityrag_jax.model.layers import Linear, RMSNorm, precision_of, rotate
 
 SPLASH_BLOCK = 1024
 
@@ -48,13 +48,14 @@ def attend(
 
 
 def _plain(q, k, v, kv_length):
-    logits = jnp.einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=jnp.float32)
+    einsum = partial(jnp.einsum, precision=precision_of(q.dtype))
+    logits = einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=jnp.float32)
     logits = logits * q.shape[-1] ** -0.5
     if kv_length is not None:
         real = jnp.arange(k.shape[1])[None, :] < kv_length[:, None]
         logits = jnp.where(real[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BNLS,BSNK->BLNK", weights, v)
+    return einsum("BNLS,BSNK->BLNK", weights, v)
 
 
 def _cudnn(q, k, v, kv_length, name=None):

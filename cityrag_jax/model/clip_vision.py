@@ -18,7 +18,14 @@ from jaxtyping import Array, Float, Float32
 from cityrag_jax import parallel
 from cityrag_jax.model.attention import attend
 from cityrag_jax.model.dit import stack_layers
-from cityrag_jax.model.layers import MLP, XAVIER, LayerNorm, Linear, gelu_exact
+from cityrag_jax.model.layers import (
+    MLP,
+    XAVIER,
+    LayerNorm,
+    Linear,
+    gelu_exact,
+    precision_of,
+)
 
 COLOURS = 3
 
@@ -124,7 +131,8 @@ class CLIPVision(nnx.Module):
             pixels, "B (h p) (w q) C -> B (h w) (C p q)", p=side, q=side
         )
         kernel = self.patch_kernel[...].astype(dtype)
-        x = jnp.einsum("BLI,ID->BLD", patches.astype(dtype), kernel)
+        patches, precision = patches.astype(dtype), precision_of(dtype)
+        x = jnp.einsum("BLI,ID->BLD", patches, kernel, precision=precision)
         token = self.class_token[...].astype(dtype)[None, None, :]
         token = jnp.broadcast_to(token, (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1).astype(jnp.float32)

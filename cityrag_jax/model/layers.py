@@ -1,7 +1,8 @@
 """Linear maps, norms and positions of the transformer.
 
 Linears compute in the config's `dtype`; norm statistics and angles are float32, as the
-official inference does (Wan-Video/Wan2.1, wan/modules/model.py).
+official inference does (Wan-Video/Wan2.1, wan/modules/model.py). A product of float32
+is one: `precision_of` says so to the compiler wherever factors may be float32.
 """
 
 from functools import lru_cache
@@ -17,6 +18,14 @@ from jaxtyping import Array, Float
 Init = jax.nn.initializers.Initializer
 XAVIER = jax.nn.initializers.xavier_uniform()
 ZEROS = jax.nn.initializers.zeros
+
+
+def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Give the precision that makes a product of `dtype` what its type says.
+
+    By default a GPU rounds float32 factors to TF32 and a TPU to bfloat16.
+    """
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 class Linear(nnx.Module):
@@ -40,7 +49,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel)
+        x, precision = x.astype(self.dtype), precision_of(self.dtype)
+        y = jnp.einsum("...i,io->...o", x, kernel, precision=precision)
         return y + jnp.expand_dims(
             self.bias[...].astype(self.dtype), tuple(range(y.ndim - 1))
         )

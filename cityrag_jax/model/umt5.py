@@ -8,6 +8,7 @@ Source: Wan-Video/Wan2.1, wan/modules/t5.py.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from cityrag_jax.model.dit import stack_layers
-from cityrag_jax.model.layers import XAVIER, RMSNorm, gelu_tanh
+from cityrag_jax.model.layers import XAVIER, RMSNorm, gelu_tanh, precision_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         kernel = self.kernel[...].astype(self.dtype)
-        return jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel)
+        x, precision = x.astype(self.dtype), precision_of(self.dtype)
+        return jnp.einsum("...i,io->...o", x, kernel, precision=precision)
 
 
 class BiasedAttention(nnx.Module):
@@ -117,12 +119,13 @@ class BiasedAttention(nnx.Module):
             rearrange(part(x), "B L (N K) -> B L N K", N=self.config.num_heads)
             for part in (self.q, self.k, self.v)
         )
-        logits = jnp.einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=jnp.float32)
+        einsum = partial(jnp.einsum, precision=precision_of(q.dtype))
+        logits = einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=jnp.float32)
         logits = logits + self.bias(x.shape[1])[None]
         lowest = jnp.finfo(jnp.float32).min
         logits = jnp.where(mask[:, None, None, :], logits, lowest)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("BNLS,BSNK->BLNK", weights, v)
+        out = einsum("BNLS,BSNK->BLNK", weights, v)
         return self.o(rearrange(out, "B L N K -> B L (N K)"))
 
     def bias(self, length: int) -> Float32[Array, "N L L"]:

@@ -12,6 +12,7 @@ Source: Wan-Video/Wan2.1, `wan/modules/vae.py`.
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PyTree
+
+from cityrag_jax.model.layers import precision_of
 
 # Statistics of the latents of Wan's own autoencoder.
 WAN_LATENT_MEAN = (
@@ -322,9 +325,10 @@ class AttentionBlock(nnx.Module):
         B, _, H, _, C = x.shape
         qkv = rearrange(self.to_qkv(self.norm(x)), "B T H W C -> (B T) (H W) C")
         q, k, v = jnp.split(qkv, 3, axis=-1)
-        scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=jnp.float32)
+        einsum = partial(jnp.einsum, precision=precision_of(q.dtype))
+        scores = einsum("nqc,nkc->nqk", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * C**-0.5, axis=-1).astype(v.dtype)
-        out = jnp.einsum("nqk,nkc->nqc", weights, v)
+        out = einsum("nqk,nkc->nqc", weights, v)
         out = rearrange(out, "(B T) (H W) C -> B T H W C", B=B, H=H)
         return x + self.proj(out), ()
 
@@ -458,6 +462,7 @@ class Conv(nnx.Module):
             window_strides=(stride[1], stride[1]),
             padding=(padding, padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision_of(self.dtype),
         )
         frames = rearrange(frames, "(B T) H W C -> B T H W C", B=B)
         return frames + self.bias[...].astype(self.dtype)[None, None, None, None]

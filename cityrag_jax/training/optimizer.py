@@ -180,7 +180,8 @@ def orthogonalize(
     muon = optax.contrib.scale_by_muon(
         beta=0.0, nesterov=False, weight_dimension_numbers=numbers
     )
-    return muon.update(x, muon.init(x))[0]
+    with jax.default_matmul_precision("highest"):
+        return muon.update(x, muon.init(x))[0]
 
 
 def _newton_schulz(x, dtype):
