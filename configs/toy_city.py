@@ -63,6 +63,8 @@ def _gpu() -> ConfigDict:
     )
     config.model.pose = ConfigDict(dict(hidden=128))
     config.model.geo = ConfigDict(dict(latent_channels=16, same_place_bias=1.0))
+    # LoRA: patterns such as "blocks.self_attention.*"; freeze their base beside it.
+    config.model.adapters = ConfigDict(dict(linears=(), rank=32, alpha=32.0))
     config.model.vae = ""  # a folder; empty: that of train.init_from
     config.model.text = "constant"
 

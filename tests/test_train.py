@@ -229,6 +229,28 @@ def test_streaming_stops_at_the_limit_of_time_and_starts_from_a_model(
     assert lines[0]["held_out"] == pytest.approx(last["held_out"], rel=1e-6)
 
 
+def test_adapters_are_trained_beside_a_frozen_base(folder, config, finished):
+    """As full training of the branches goes on; the base is the start's, bit by bit."""
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        changed.model.adapters.linears = ("blocks.self_attention.*", "blocks.ffn.*")
+        changed.model.adapters.rank = 2
+        changed.optimizer.frozen = ("blocks.*",)
+    changed.train.init_from = str(finished)
+    changed.train.steps = 5
+    trainer.train(changed, folder / "adapted")
+    start, end = (
+        parameters(latest_model(workdir).modules["transformer"])
+        for workdir in (finished, folder / "adapted")
+    )
+    added = end.keys() - start.keys()
+    assert len(added) == 2 * 6 and all(".adapter." in name for name in added)
+    assert all(np.abs(end[n]).max() > 0 for n in added)  # half of them began as zeros
+    for name, x in start.items():
+        same = np.array_equal(end[name], x)
+        assert same == name.startswith("blocks."), name
+
+
 def test_a_model_stored_as_int8_starts_another_training(folder, config):
     """No flag says what it is; the held-out loss goes on where it was."""
     changed = config.copy_and_resolve_references()

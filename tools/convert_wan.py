@@ -1,12 +1,15 @@
 """Convert published Wan 2.1 weights to a CityRAG checkpoint.
 
     python tools/convert_wan.py --source=DIR --out=DIR [--dtype=bfloat16|float32|int8]
-        [--parts=transformer,vae,clip,text] [--prompt=TEXT] [--dry-run] [--check]
+        [--parts=transformer,vae,clip,text] [--prompt=TEXT] [--lora=FILE[:STRENGTH]]
+        [--dry-run] [--check]
 
 DIR is a folder as fetched, image-to-video or text-to-video, in the official layout or
 in diffusers'. It is read tensor by tensor: less than 4 GiB of memory for any size.
 Interrupted and started again with the same command, it goes on. int8 stores kernels so,
 with a float32 scale for each of their output channels, and asks to be read as bfloat16.
+--lora, as often as there are files, merges LoRA files of Wan (kohya's, diffusers' or
+PEFT's names) into the transformer; geo attention begins as a copy of the merged one.
 --dry-run checks names, shapes and types by the headers and prints the plan. --check
 compares every digest of what was written, or of --out if that exists. Exit code 2 and
 one message if anything is wrong with the input; nothing half-written has the name of
@@ -44,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=types, default="bfloat16")
     parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all")
     parser.add_argument("--prompt", default=PROMPT, help="instead of the paper's")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]"
+    )
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args(arguments)
@@ -64,7 +70,12 @@ def _run(given: argparse.Namespace) -> None:
         raise ValueError("Give --source, the folder of the published weights.")
     parts = given.parts.split(",") if given.parts else None
     plan = plan_conversion(
-        given.source, given.out, dtype=given.dtype, parts=parts, prompt=given.prompt
+        given.source,
+        given.out,
+        dtype=given.dtype,
+        parts=parts,
+        prompt=given.prompt,
+        loras=given.lora,
     )
     print(f"{plan.folder.path}: Wan 2.1, {plan.folder.layout} layout, to {plan.dtype}")
     if given.dry_run:

@@ -4,7 +4,8 @@
 
 --checkpoint is a converted folder or a training workdir (its averaged weights if there
 are any). The branches go along under the names that the README lists; --base-only
-leaves Wan alone, which diffusers loads without a remark.
+leaves Wan alone, which diffusers loads without a remark. Adapters (LoRA) are merged;
+--lora writes them alone, as one .safetensors that diffusers and others load.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from cityrag_jax.convert.export import Part, export_checkpoint
+from cityrag_jax.convert.export import Part, export_checkpoint, export_lora
 from cityrag_jax.convert.names import NAMINGS
 
 CLASSES = {
@@ -47,9 +48,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new or empty folder; of --lora a file"
+    )
     parser.add_argument("--naming", choices=NAMINGS, required=True)
     parser.add_argument("--base-only", action="store_true", help="Wan without branches")
+    parser.add_argument("--lora", action="store_true", help="the adapters alone")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="10^9 bytes")
     parser.add_argument(
         "--dtype",
@@ -60,6 +64,10 @@ def main() -> None:
     if not given.max_shard_gb > 0:
         parser.error(f"--max-shard-gb={given.max_shard_gb} must be above 0")
     try:
+        if given.lora:
+            count = export_lora(given.checkpoint, given.out, given.naming)
+            print(f"{given.out}: LoRA of {count} linears, alpha merged.")
+            return
         parts = export_checkpoint(
             given.checkpoint,
             given.out,

@@ -39,6 +39,7 @@ from cityrag_jax.checkpoint.descriptions import (
     parameters,
     read_config,
     stacked_parameters,
+    with_adapters,
     with_parameters,
 )
 from cityrag_jax.checkpoint.training import TrainingCheckpoints, latest_model
@@ -63,5 +64,6 @@ __all__ = [
     "save_bundle",
     "stacked_parameters",
     "verify_bundle",
+    "with_adapters",
     "with_parameters",
 ]

@@ -1,12 +1,13 @@
 """Modules as plain JSON, and their parameters as a flat dict by dotted name.
 
-A description is class, config fields and branches of a module: what `build_model` needs
-to make it again. A parameter is stacked if it has a leading layer axis.
+A description is class, config fields, branches and adapters of a module: what
+`build_model` needs to make it again. A parameter is stacked if it has a leading layer
+axis.
 """
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -87,6 +88,18 @@ def describe(
     }
 
 
+def with_adapters(
+    description: Description, add: Callable[..., None], **arguments: Any
+) -> Description:
+    """Describe the same module with adapters, behind those that it has already.
+
+    `add` is a function of `cityrag_jax.model` that gives a module its adapters, and
+    `arguments` are its keywords behind the module, plain JSON.
+    """
+    new = {"class": _class_name(add), "arguments": arguments}
+    return description | {"adapters": [*description.get("adapters", []), new]}
+
+
 def build_model(
     description: Description, rngs: nnx.Rngs, dtype: DTypeLike | None = None
 ) -> nnx.Module:
@@ -99,7 +112,10 @@ def build_model(
         for branch in description["branches"]
     )
     extra = {"branches": branches} if branches else {}
-    return _find_class(description["class"])(config, **extra, rngs=rngs)
+    model = _find_class(description["class"])(config, **extra, rngs=rngs)
+    for adapters in description.get("adapters", []):
+        _find_class(adapters["class"])(model, **adapters["arguments"], rngs=rngs)
+    return model
 
 
 def read_config(description: Description) -> Any:
@@ -132,11 +148,11 @@ def draw_parameters(
     return jax.jit(draw, out_shardings=shardings and dict(shardings))()
 
 
-def _class_name(cls: type) -> str:
+def _class_name(cls: Callable) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _find_class(name: str) -> type:
+def _find_class(name: str) -> Callable:
     """Import a class of `cityrag_jax.model` by name; a folder may name no other."""
     module, _, attribute = name.rpartition(".")
     if not module.startswith(_MODELS) or not attribute.isidentifier():

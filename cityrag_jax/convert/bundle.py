@@ -32,6 +32,7 @@ from cityrag_jax.checkpoint.bundles import (
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.items import DIGESTS, write_item
 from cityrag_jax.checkpoint.quantise import parameter_of
+from cityrag_jax.convert.lora import Lora
 from cityrag_jax.convert.plan import (
     BRANCH_TENSORS,
     PLANNERS,
@@ -82,6 +83,7 @@ class Conversion:
     prompt: str
     with_text: bool
     networks: tuple[NetworkPlan, ...]
+    loras: tuple[Lora, ...] = ()
 
     @property
     def temporary(self) -> Path:
@@ -101,9 +103,11 @@ def plan_conversion(
     dtype: DTypeLike = "bfloat16",
     parts: Sequence[str] | None = None,
     prompt: str = PROMPT,
+    loras: Sequence[str] = (),
 ) -> Conversion:
     """Check paths, files, names, shapes and types; `parts` None means all there are.
 
+    `loras` are files to merge into the transformer, FILE or FILE:STRENGTH.
     Raises one ValueError with every problem of every part.
     """
     source, out = Path(source), Path(out).absolute()
@@ -117,11 +121,16 @@ def plan_conversion(
     wanted = list(parts or [p for p in PARTS if p != "clip" or folder.takes_image])
     unknown = sorted(set(wanted) - set(PARTS))
     problems = [f"--parts={p} is none of {', '.join(PARTS)}." for p in unknown]
-    networks = []
+    networks, merged = [], []
+    for text in loras:
+        try:
+            merged.append(Lora(text))
+        except ValueError as error:
+            problems.append(f"--lora: {error}")
     for part in PARTS:
         try:
             if part in wanted and part in PLANNERS:
-                networks.append(plan_network(part, folder, dtype))
+                networks.append(plan_network(part, folder, dtype, merged))
             elif part in wanted:
                 _check_text_encoder(source, networks)
         except ValueError as error:
@@ -129,7 +138,10 @@ def plan_conversion(
     if problems:
         raise ValueError("\n".join(problems))
     name = np.dtype(dtype).name
-    return Conversion(folder, out, name, prompt, "text" in wanted, tuple(networks))
+    with_text = "text" in wanted
+    return Conversion(
+        folder, out, name, prompt, with_text, tuple(networks), tuple(merged)
+    )
 
 
 def _check_text_encoder(source: Path, networks: Sequence[NetworkPlan]) -> None:
@@ -353,6 +365,7 @@ def _fingerprint(plan: Conversion) -> dict[str, Any]:
         "dtype": plan.dtype,
         "parts": [n.name for n in plan.networks] + ["text"] * plan.with_text,
         "prompt": plan.prompt,
+        "loras": [lora.text for lora in plan.loras],
     }
     return json.loads(json.dumps(made_from))
 
@@ -361,7 +374,7 @@ def _files(plan: Conversion) -> list[Path]:
     places = [plan.folder.weights[network.name] for network in plan.networks]
     if plan.with_text:
         places.append(find_text_encoder(plan.folder.path)[0])
-    found = set()
+    found = {lora.path for lora in plan.loras}
     for place in places:
         beside = place if place.is_dir() else place.parent
         found |= set(beside.glob("*.json")) | set(beside.glob("*.safetensors"))
@@ -382,8 +395,11 @@ def _describe_source(plan: Conversion) -> dict[str, Any]:
         "model": "Wan 2.1",
         "layout": plan.folder.layout,
         "files": {
-            str(path.relative_to(root)): path.stat().st_size for path in _files(plan)
+            str(path.relative_to(root)): path.stat().st_size
+            for path in _files(plan)
+            if path.is_relative_to(root)
         },
+        "loras": {lora.path.name: lora.strength for lora in plan.loras},
         "branches": branches,
         "prompt": plan.prompt if plan.with_text else "",
         "converted_by": "tools/convert_wan.py",

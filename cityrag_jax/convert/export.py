@@ -20,9 +20,10 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from cityrag_jax.batch import PATCH
-from cityrag_jax.checkpoint import Arrays, latest_model, parameters
+from cityrag_jax.checkpoint import Arrays, latest_model
 from cityrag_jax.checkpoint.bundles import write_texts
 from cityrag_jax.convert.files import write_checkpoint
+from cityrag_jax.convert.lora import write_lora
 from cityrag_jax.convert.names import (
     NAMINGS,
     Layout,
@@ -30,7 +31,13 @@ from cityrag_jax.convert.names import (
     dit_name,
     transformer_names,
 )
-from cityrag_jax.convert.stored import StoredParameters, in_memory, open_transformer
+from cityrag_jax.convert.stored import (
+    StoredParameters,
+    in_memory,
+    merge_adapters,
+    open_transformer,
+)
+from cityrag_jax.model.adapters import adapter_scales
 from cityrag_jax.model.dit import WanDiT
 
 NAME = "transformer"
@@ -72,10 +79,11 @@ def export_dit(
 ) -> None:
     """Write the base part of a transformer, in its own type, so that PyTorch opens it.
 
-    Branches are left out. `naming` is "official" or "diffusers". A path ending in
-    .safetensors becomes one file, else a folder with shards, index and config.json.
+    Branches are left out, adapters merged. `naming` is "official" or "diffusers". A
+    path ending in .safetensors becomes one file, else a folder with shards, index and
+    config.json.
     """
-    stored = in_memory(model)
+    stored = merge_adapters(model, in_memory(model))
     sources = _plan(stored.arrays, dit_name, naming)
     write_checkpoint(
         path,
@@ -98,24 +106,20 @@ def export_checkpoint(
     """Write the transformer of a bundle or training workdir to a new folder.
 
     The folder holds shards, index, config.json and, unless `base_only`, the branches'
-    tensors and the prompts' rows. `dtype` casts; None keeps the stored type, of int8
-    kernels float32.
+    tensors and the prompts' rows. Adapters are merged. `dtype` casts; None keeps the
+    stored type, of int8 kernels float32.
     Raises ValueError, and leaves nothing behind, if `out` is in use, the disk is short,
     a parameter has no name in PyTorch or a value is not finite.
     """
     out = Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another --out.")
-    bundle = latest_model(checkpoint)
-    if NAME not in bundle.modules:
-        raise ValueError(
-            f"{checkpoint} holds {', '.join(sorted(bundle.modules)) or 'nothing'}, no "
-            "transformer; give a bundle or the workdir of a transformer's training."
-        )
+    bundle = _open(checkpoint)
     model, stored = open_transformer(bundle, NAME)
+    stored = merge_adapters(model, stored)
     table = dit_name if base_only else transformer_names(model.branches)
     if not base_only:
-        _refuse_unnamed(model, table)
+        _refuse_unnamed(stored, table)
     sources = _plan(stored.arrays, table, naming, dtype)
     parts = _summary(sources)
     total = sum(part.num_bytes for part in parts)
@@ -132,6 +136,35 @@ def export_checkpoint(
         if not base_only:
             write_texts(folder, bundle.text, bundle.negative_text)
     return parts
+
+
+def export_lora(checkpoint: str | Path, out: str | Path, naming: str) -> int:
+    """Write the adapters of a checkpoint's transformer as one LoRA file.
+
+    Gives how many linears it changes. Raises ValueError, and leaves nothing behind, if
+    `out` exists or is no .safetensors, or there are no adapters of the base.
+    """
+    out = Path(out).absolute()
+    if out.suffix != ".safetensors" or out.exists():
+        raise ValueError(f"--out={out} must be a new file ending in .safetensors.")
+    model, stored = open_transformer(_open(checkpoint), NAME)
+    temporary = out.with_name(f".{out.name}.partial.safetensors")
+    try:
+        count = write_lora(stored, adapter_scales(model), temporary, naming)
+        os.rename(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _open(checkpoint):
+    bundle = latest_model(checkpoint)
+    if NAME not in bundle.modules:
+        raise ValueError(
+            f"{checkpoint} holds {', '.join(sorted(bundle.modules)) or 'nothing'}, no "
+            "transformer; give a bundle or the workdir of a transformer's training."
+        )
+    return bundle
 
 
 def _plan(arrays: Arrays, table: NameTable, naming, dtype=None) -> dict[str, _Source]:
@@ -205,8 +238,8 @@ def _watched(read: Read, total: int) -> Iterator[Read]:
         )
 
 
-def _refuse_unnamed(model, table):
-    unnamed = [name for name in parameters(model) if table(name) is None]
+def _refuse_unnamed(stored, table):
+    unnamed = [name for name in stored.arrays if table(name) is None]
     if unnamed:
         raise ValueError(
             f"{len(unnamed)} parameters have no name in PyTorch; export with "

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -36,6 +36,7 @@ from cityrag_jax.checkpoint.quantise import (
     with_scales,
 )
 from cityrag_jax.convert.files import CheckpointReader
+from cityrag_jax.convert.lora import Lora, MergedReader
 from cityrag_jax.convert.names import (
     Alias,
     NameTable,
@@ -82,7 +83,7 @@ class NetworkPlan:
     name: str
     description: Description
     items: Mapping[str, Arrays]
-    reader: AliasedReader
+    reader: AliasedReader | MergedReader
     naming: str
     read: Mapping[str, TorchName]
     copied: Mapping[str, str]
@@ -150,8 +151,13 @@ class NetworkPlan:
         return sum(num_bytes(x) for x in self.stored(item).values())
 
 
-def plan_transformer(folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
-    """Plan Wan's transformer with CityRAG's branches, read, copied or drawn."""
+def plan_transformer(
+    folder: WanFolder, dtype: DTypeLike, loras: Sequence[Lora] = ()
+) -> NetworkPlan:
+    """Plan Wan's transformer with CityRAG's branches, read, copied or drawn.
+
+    LoRA files are merged into what is read, and so into what is copied from it.
+    """
     files = CheckpointReader(folder.weights["transformer"])
     config = read_dit_config(folder, files, dtype)
     hidden = HIDDEN
@@ -174,7 +180,7 @@ def plan_transformer(folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
         ),
         ("pose branch", POSE, _count(flops.pose_branch(config, 5, hidden=hidden))),
     )
-    return _plan(
+    plan = _plan(
         "transformer",
         description,
         files,
@@ -183,6 +189,10 @@ def plan_transformer(folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
         rows,
         held=("", *held),
     )
+    if not loras:
+        return plan
+    merged = MergedReader(plan.reader, loras, config.num_layers, plan.naming)
+    return dataclasses.replace(plan, reader=merged)
 
 
 def plan_vae(folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
@@ -207,18 +217,26 @@ def plan_clip(folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
     return _plan("clip", description, files, alias, table, rows)
 
 
-PLANNERS: dict[str, Callable[[WanFolder, DTypeLike], NetworkPlan]] = {
+PLANNERS: dict[str, Callable[..., NetworkPlan]] = {
     "transformer": plan_transformer,
     "vae": plan_vae,
     "clip": plan_clip,
 }
 
 
-def plan_network(part: str, folder: WanFolder, dtype: DTypeLike) -> NetworkPlan:
-    """Plan one of `PLANNERS`; what is stored as int8 describes itself as bfloat16."""
+def plan_network(
+    part: str, folder: WanFolder, dtype: DTypeLike, loras: Sequence[Lora] = ()
+) -> NetworkPlan:
+    """Plan one of `PLANNERS`; what is stored as int8 describes itself as bfloat16.
+
+    `loras` change the transformer and nothing else.
+    """
+    plan = PLANNERS[part]
+    if part == "transformer":
+        plan = functools.partial(plan, loras=loras)
     if np.dtype(dtype) == INT8:
-        return PLANNERS[part](folder, np.dtype("bfloat16")).quantised()
-    return PLANNERS[part](folder, np.dtype(dtype))
+        return plan(folder, np.dtype("bfloat16")).quantised()
+    return plan(folder, np.dtype(dtype))
 
 
 def _plan(

@@ -32,6 +32,7 @@ from cityrag_jax.checkpoint.items import (
     read_some,
 )
 from cityrag_jax.checkpoint.quantise import dequantise, read_dtype, with_scales
+from cityrag_jax.model.adapters import MARK, adapter_scales
 from cityrag_jax.model.dit import WanDiT
 
 
@@ -65,6 +66,22 @@ def in_memory(model: WanDiT) -> StoredParameters:
         return np.asarray(x if layer is None else x[layer])
 
     return StoredParameters(values, read)
+
+
+def merge_adapters(model: WanDiT, stored: StoredParameters) -> StoredParameters:
+    """View parameters with every adapter added to its kernel, in float32, and gone."""
+    scales = adapter_scales(model)
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        x = stored.read(name, layer)
+        if name not in scales:
+            return x
+        adapter = name.removesuffix(".kernel") + MARK
+        down, up = (np.float32(stored.read(adapter + f, layer)) for f in ("down", "up"))
+        return (np.float32(x) + scales[name] * (down @ up)).astype(x.dtype)
+
+    kept = {name: x for name, x in stored.arrays.items() if MARK not in name}
+    return StoredParameters(kept, read)
 
 
 def _on_disk(folder: Path, model: WanDiT) -> StoredParameters:

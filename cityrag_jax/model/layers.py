@@ -29,7 +29,10 @@ def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias, in `dtype`; `axes` name the kernel's logical axes."""
+    """y = x @ kernel + bias, in `dtype`; `axes` name the kernel's logical axes.
+
+    What an `adapter` (`model.adapters`) makes of x, if there is one, is added.
+    """
 
     def __init__(
         self,
@@ -46,14 +49,16 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel, axes=axes)
         self.bias = nnx.Param(jnp.zeros(out_features, param_dtype), axes=(None,))
         self.dtype = dtype
+        self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         kernel = self.kernel[...].astype(self.dtype)
         x, precision = x.astype(self.dtype), precision_of(self.dtype)
         y = jnp.einsum("...i,io->...o", x, kernel, precision=precision)
-        return y + jnp.expand_dims(
+        y = y + jnp.expand_dims(
             self.bias[...].astype(self.dtype), tuple(range(y.ndim - 1))
         )
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class MLP(nnx.Module):

@@ -23,6 +23,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
+from cityrag_jax.model.adapters import MARK
+
 Params = dict[str, Array]
 Labels = dict[str, str]
 
@@ -62,7 +64,8 @@ def label_parameters(params: Mapping[str, Any], frozen: tuple[str, ...]) -> Labe
 
     Muon takes the 2-D matrices (3-D where stacked) called kernel inside blocks and
     branches; embeddings of tokens, norms, biases and modulation tables go to
-    Adam, as do all parameters outside. A pattern that fits nothing is a ValueError.
+    Adam, as do all parameters outside. Adapters are never frozen, whatever the patterns
+    of their base, and go to Adam. A pattern that fits nothing is a ValueError.
     """
     for pattern in frozen:
         if not fnmatch.filter(params, pattern):
@@ -74,6 +77,8 @@ def label_parameters(params: Mapping[str, Any], frozen: tuple[str, ...]) -> Labe
 
 
 def _label(name: str, ndim: int, frozen: tuple[str, ...]) -> str:
+    if MARK in name:
+        return "adam"
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen):
         return "frozen"
     root, *middle, last = name.split(".")

@@ -23,6 +23,7 @@ from cityrag_jax.checkpoint import (
     parameters,
     with_parameters,
 )
+from cityrag_jax.model.adapters import MARK
 
 Params = dict[str, Array]
 Examples = dict[str, Array]  # every array has a leading clip axis
@@ -103,7 +104,7 @@ def fitting(given: Params, fresh: Params) -> Params:
 
 
 def check_start(given: dict[str, Any], values: dict[str, Any], origin: str) -> None:
-    """Parameters of the start must exist here, and all but branches must be given."""
+    """Parameters of the start must exist here; branches and adapters may be new."""
     lines = [f"unknown here: {name}" for name in given if name not in values]
     lines += [
         f"{name}: {given[name].shape} there, {values[name].shape} here"
@@ -114,7 +115,9 @@ def check_start(given: dict[str, Any], values: dict[str, Any], origin: str) -> N
     lines += [
         f"missing there: {name}"
         for name in values
-        if name not in given and (has_branches or not name.startswith("branches."))
+        if name not in given
+        and MARK not in name
+        and (has_branches or not name.startswith("branches."))
     ]
     if lines:
         raise ValueError(

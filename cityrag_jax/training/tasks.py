@@ -24,10 +24,12 @@ from cityrag_jax.checkpoint import (
     latest_model,
     parameters,
     read_config,
+    with_adapters,
     with_parameters,
 )
 from cityrag_jax.diffusion import flow
 from cityrag_jax.encode import encode_conditions, encode_target
+from cityrag_jax.model.adapters import add_adapters
 from cityrag_jax.model.clip_vision import CLIPVision
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
@@ -89,7 +91,11 @@ def describe_model(config: ConfigDict) -> Description:
         (TrajectoryEncoder, dict(model.pose)),
         (GeoBranch, dict(model.geo)),
     )
-    return describe(WanDiT, transformer, branches)
+    description = describe(WanDiT, transformer, branches)
+    if not model.adapters.linears:
+        return description
+    adapters = dict(model.adapters) | {"linears": list(model.adapters.linears)}
+    return with_adapters(description, add_adapters, **adapters)
 
 
 def as_trained(description: Description, **changes: Any) -> Description:
