@@ -24,11 +24,13 @@ from cityrag_jax.checkpoint import (
     parameter_shardings,
     parameters,
     save_bundle,
+    with_parameters,
 )
 from cityrag_jax.checkpoint.items import item_arrays
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.encode import clip_pixels, to_unit
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
+from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.rollout import Generator
 from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.checks import check_config, flatten_config
@@ -198,6 +200,32 @@ def test_image_features_without_their_tower_are_refused(config, folder, with_cli
     changed.model.transformer.text_len = 3
     with pytest.raises(ValueError, match="image_dim is 24, the CLIP tower in .* 16"):
         trainer.train(changed, folder / "wrong_clip")
+
+
+def test_a_text_to_video_base_gets_the_first_images_channels(folder, config):
+    """They start at zero, so its velocity is what it was, whatever they show."""
+    changed = config.copy_and_resolve_references()
+    changed.model.transformer.in_channels = 16
+    sizes = dict(changed.model.transformer)
+    description = describe(WanDiT, DiTConfig(**sizes))
+    base = new_model(description, 0)
+    head = base.head.linear.kernel
+    head.set_value(jnp.ones_like(head.get_value()))
+    bundle = Bundle({"transformer": base}, {"transformer": description})
+    start = save_bundle(folder / "t2v", bundle)
+    changed.model.transformer.in_channels = 36
+    changed.train.init_from = str(start)
+    changed.train.max_seconds = 1e-3
+    changed.train.save_dtype = "float32"
+    task = make_task(changed, read_start(changed))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = dict.fromkeys(parameters(task._abstract), here)
+    model = with_parameters(task._abstract, task.initial_parameters(shardings))
+    noise = jax.random.normal(jax.random.key(0), (1, 2, 4, 4, 16))
+    seen = jnp.concatenate([noise, jnp.ones((1, 2, 4, 4, 20))], axis=-1)
+    rest = jnp.full(1, 500.0), jnp.ones((1, 1, 8))
+    np.testing.assert_allclose(model(seen, *rest), base(noise, *rest), atol=1e-6)
+    trainer.train(changed, folder / "from_t2v")
 
 
 def test_a_finished_training_is_left_alone(config, finished, capsys):
@@ -555,11 +583,21 @@ def test_every_config_can_be_built_and_described():
         ("toy_city", ("gpu", "demo", "test")),
         ("toy_vae", ("gpu", "demo", "test")),
         ("cityrag_14b", (None,)),
+        ("cityrag_1_3b", (None,)),
     ):
         for variant in variants:
             config = get_config(name, variant)
             flat = flatten_config(config)
             assert json.loads(json.dumps(flat)) == flat
+
+
+def test_the_small_models_base_is_the_published_t2v_1_3b_but_for_its_first_rows():
+    config = get_config("cityrag_1_3b", None)
+    found = parameters(abstract_model(describe_model(config)))
+    published = describe(WanDiT, DiTConfig.t2v_1_3b())
+    for name, x in parameters(abstract_model(published)).items():
+        rows = 4 * 20 * (name == "patch_embedding.kernel")
+        assert found[name].shape == (x.shape[0] + rows, *x.shape[1:])
 
 
 UNUSED = ("blocks.cross_attention.q.kernel", "blocks.cross_attention.k.kernel")

@@ -52,7 +52,7 @@ class Task(abc.ABC):
         fresh = self._draw(shardings)
         if self._start is None or self.part not in self._start.modules:
             return fresh
-        given = parameters(self._start.modules[self.part])
+        given = self._adjust(parameters(self._start.modules[self.part]), fresh)
         if self._fitting:
             given = fitting(given, fresh)
         else:
@@ -63,6 +63,10 @@ class Task(abc.ABC):
 
     def _draw(self, shardings: Mapping[str, Sharding]) -> Params:
         return draw_parameters(self.description, self.seed, shardings)
+
+    def _adjust(self, given: Params, fresh: Params) -> Params:
+        """Bring a start of another kind to the shapes that are trained here."""
+        return given
 
     def _continue(self, fresh: Params, given: Params) -> Params:
         return fresh | given

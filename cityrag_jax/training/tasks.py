@@ -159,6 +159,9 @@ class CityRAG(Task):
         unused = ("blocks.cross_attention.q.kernel", "blocks.cross_attention.k.kernel")
         return fresh | {name: jnp.zeros_like(fresh[name]) for name in unused}
 
+    def _adjust(self, given, fresh):
+        return add_input_channels(given, fresh)
+
     def _continue(self, fresh, given):
         """Go on with a whole model, or begin the branches of a base without them."""
         model = with_parameters(self._abstract, fresh | given)
@@ -233,6 +236,20 @@ class CityRAG(Task):
             model.prepare(conditions),
         )
         return flow.loss(velocity, noise, latents)
+
+
+def add_input_channels(given: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """Let a text-to-video base see mask and first image behind its own channels.
+
+    The new ones start at zero: at first the base makes of its noise what it always did.
+    """
+    name = "patch_embedding.kernel"  # its rows go channel by channel
+    if name not in given:
+        return given
+    missing = fresh[name].shape[0] - given[name].shape[0]
+    if missing <= 0:
+        return given
+    return given | {name: jnp.pad(given[name], ((0, missing), (0, 0)))}
 
 
 def swap_conditions(examples: Examples, swapped: Bool[Array, " B"]) -> Examples:
