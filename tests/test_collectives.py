@@ -18,6 +18,12 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.checkpoint.descriptions import parameter_shardings
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.parallel import make_mesh
+from cityrag_jax.training.optimizer import (
+    OptimizerConfig,
+    label_parameters,
+    make_optimizer,
+    optimizer_shardings,
+)
 
 KINDS = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
 
@@ -91,3 +97,45 @@ def test_devices_add_gradients_of_weights_up_in_float32(remat, tmp_path):
     kernels = sum(name.endswith("kernel") for name in params)
     biases = sum(name.endswith(("bias", "scale")) for name in params)
     assert sums["f32", 2] >= kernels and sums["f32", 1] >= biases
+
+
+@pytest.mark.parametrize("layers", [16, 3])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_muon_exchanges_shards_and_never_holds_a_whole_stack(sizes, layers):
+    """One all-to-all in and one out for each stack.
+
+    Where axes repeat a parameter's shards, these are gathered behind it, and nothing
+    larger is: without being told, the compiler put the whole stack on every device.
+    """
+    mesh = make_mesh(*sizes)
+    shapes = {
+        "blocks.self_attention.q.kernel": (layers, 16, 32),
+        "blocks.ffn.fc1.kernel": (layers, 16, 24),
+    }
+    shardings = dict.fromkeys(
+        shapes, NamedSharding(mesh, PartitionSpec(None, "fsdp", None))
+    )
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings[name])
+        for name, shape in shapes.items()
+    }
+    config = OptimizerConfig(clip_norm=0.0, newton_schulz_dtype="bfloat16")
+    labels = label_parameters(params, ())
+    optimizer = make_optimizer(config, labels, 10, shardings)
+    places = optimizer_shardings(optimizer, params, shardings, mesh)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(optimizer.init, params),
+        places,
+    )
+    update = jax.jit(optimizer.update, out_shardings=(shardings, places))
+    found = collectives(update.lower(params, state, params).compile().as_text())
+
+    repeated = mesh.size // mesh.shape["fsdp"]
+    count = Counter(kind for kind, _ in found)
+    assert count == {"all-to-all": 4} | ({"all-gather": 2} if repeated > 1 else {})
+    padded = layers + -layers % mesh.size
+    shard = padded * 16 * 32 // mesh.shape["fsdp"]
+    for kind, results in found:
+        size = sum(size for _, _, size in results)
+        assert size <= (shard if kind == "all-gather" else shard // repeated)
