@@ -92,8 +92,7 @@ def first_frames_conditioning(
     vae: WanVAE, images: Float[Array, "B H W 3"], num_frames: int
 ) -> Float32[Array, "B t h w Y"]:
     """Make the conditioning channels of a batch of first images in [-1, 1]."""
-    grey = ((0, 0), (0, num_frames - 1), (0, 0), (0, 0), (0, 0))
-    latents = vae.encode(jnp.pad(images[:, None], grey))
+    latents = vae.encode_before_grey(images, num_frames)
     # Frame 0 fills its group of four alone, so all four channels mark latent frame 0.
     mask = jnp.zeros((*latents.shape[:-1], TIME_STRIDE)).at[:, 0].set(1)
     return jnp.concatenate([mask, latents], axis=-1)

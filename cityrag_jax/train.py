@@ -100,7 +100,7 @@ class _Training:
         options = OptimizerConfig(**config.optimizer)
         self.labels = label_parameters(parameters(model), options.frozen)
         steps = config.train.steps
-        self.optimizer = make_optimizer(options, self.labels, steps, mesh)
+        self.optimizer = make_optimizer(options, self.labels, steps, self.shardings)
         abstract = jax.eval_shape(self._init, parameters(model))
         self.state_shardings = None
         if mesh is not None:

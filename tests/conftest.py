@@ -1,4 +1,7 @@
-"""Every test sees eight CPU devices, and warnings and rank promotion are errors."""
+"""Every test sees eight CPU devices, and warnings and rank promotion are errors.
+
+Only `pytest -m gpu` leaves JAX the machine's own devices.
+"""
 
 import os
 
@@ -17,6 +20,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "gpu":
+        jax.config.update("jax_platforms", "cuda")
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_update_split_over_layers_equals_one_device(rng):
         n: NamedSharding(mesh, PartitionSpec(*(None,) * (x.ndim - 1), "fsdp"))
         for n, x in params.items()
     }
-    split = make_optimizer(config, labels, 10, mesh)
+    split = make_optimizer(config, labels, 10, shardings)
     state_shardings = optimizer_shardings(split, params, shardings, mesh)
     state = jax.jit(split.init, out_shardings=state_shardings)(params)
     update = jax.jit(split.update, out_shardings=(shardings, state_shardings))
@@ -215,4 +215,4 @@ def test_update_split_over_layers_equals_one_device(rng):
         np.testing.assert_allclose(actual[name], value, rtol=0, atol=1e-6)
     momentum = optax.tree.get(state, "momentum")
     by_layer = momentum["branches.1.layers.attention.q.kernel"].sharding.spec
-    assert by_layer[0] == ("data", "fsdp", "sequence")
+    assert by_layer[0] == ("data", "sequence", "fsdp")

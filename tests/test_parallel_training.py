@@ -106,11 +106,11 @@ def _recording(optimizer):
 def _update(task, params, examples, mesh):
     """Run one update; give loss, gradients, change of the parameters, new state."""
     labels = label_parameters(params, ())
-    optimizer = _recording(make_optimizer(OPTIMIZER, labels, 10, mesh))
+    of_params = parameter_shardings(abstract_model(task.description), mesh)
+    optimizer = _recording(make_optimizer(OPTIMIZER, labels, 10, of_params))
     make = lambda values: init_state(values, optimizer, 0.99)  # noqa: E731
     shardings = None
     if mesh is not None:
-        of_params = parameter_shardings(abstract_model(task.description), mesh)
         shardings = state_shardings(
             jax.eval_shape(make, params), optimizer, of_params, mesh
         )

@@ -13,7 +13,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from cityrag_jax.convert import load_vae
-from cityrag_jax.model.vae import ChannelNorm, VAEConfig, WanVAE
+from cityrag_jax.model.vae import (
+    ChannelNorm,
+    VAEConfig,
+    WanVAE,
+    _run_until_still,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = VAEConfig(base_dim=8)
@@ -70,6 +75,35 @@ def test_decoding_of_random_latents_equals_the_official_one(vae, golden):
         video = run(vae, "decode", from_torch(golden[f"z_t{frames}"]))
         expected = from_torch(golden[f"dec_t{frames}"])
         assert largest_difference(video, expected) < VIDEO_TOLERANCE
+
+
+@pytest.mark.parametrize("frames", [1, 3, 5, 73, 133])
+def test_an_image_before_grey_equals_the_whole_video_encoded(vae, frames):
+    """Float32: two programs, 2e-7 apart; nothing is left out."""
+    images = jax.random.uniform(jax.random.key(0), (2, 16, 24, 3), minval=-1)
+    padding = ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))
+    expected = run(vae, "encode", jnp.pad(images[:, None], padding))
+    encode = jax.jit(WanVAE.encode_before_grey, static_argnums=2)
+    assert largest_difference(encode(vae, images, frames), expected) < 1e-6
+
+
+def test_an_image_is_seen_28_latents_later_and_no_longer(vae):
+    """What the repetition rests on; of 73 or 81 frames all latents differ."""
+    images = jax.random.uniform(jax.random.key(0), (1, 16, 24, 3), minval=-1)
+    video = jnp.pad(images[:, None], ((0, 0), (0, 132), (0, 0), (0, 0), (0, 0)))
+    latents = run(vae, "encode", video)[0]
+    still = [bool((x == latents[-1]).all()) for x in latents]
+    assert still == [False] * 29 + [True] * 5
+
+
+def test_layers_at_the_full_rate_run_over_25_of_73_frames(vae):
+    """Groups of 4, 2 and 1 frames behind the first, of 18, at the three rates."""
+    first, grey = jnp.zeros((1, 1, 16, 24, 3)), jnp.zeros((1, 1, 4, 16, 24, 3))
+    counts = []
+    for layers in vae.encoder.rates():
+        first, grey = _run_until_still(layers, first, grey, 18)
+        counts.append(len(grey))
+    assert counts == [6, 11, 18]
 
 
 def test_posterior_is_not_normalised(vae, golden):

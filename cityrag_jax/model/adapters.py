@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cityrag_jax.model.layers import Linear, precision_of
+from cityrag_jax.model.layers import Linear, affine
 
 MARK = ".adapter."  # in the names of an adapter's parameters, and of no others
 
@@ -38,10 +38,9 @@ class LowRank(nnx.Module):
         self.dtype: DTypeLike = linear.dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        x, precision = x.astype(self.dtype), precision_of(self.dtype)
-        down, up = (w[...].astype(self.dtype) for w in (self.down, self.up))
-        inner = jnp.einsum("...i,ir->...r", x, down, precision=precision)
-        return self.scale * jnp.einsum("...r,ro->...o", inner, up, precision=precision)
+        down, up = self.down[...], self.up[...]
+        inner = affine(x.astype(self.dtype), down, jnp.zeros(down.shape[-1]))
+        return self.scale * affine(inner, up, jnp.zeros(up.shape[-1]))
 
 
 def add_adapters(

@@ -52,13 +52,47 @@ class Linear(nnx.Module):
         self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        x, precision = x.astype(self.dtype), precision_of(self.dtype)
-        y = jnp.einsum("...i,io->...o", x, kernel, precision=precision)
-        y = y + jnp.expand_dims(
-            self.bias[...].astype(self.dtype), tuple(range(y.ndim - 1))
-        )
+        y = affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
         return y if self.adapter is None else y + self.adapter(x)
+
+
+@jax.custom_vjp
+def affine(
+    x: Float[Array, "... I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"]
+) -> Float[Array, "... O"]:
+    """x @ kernel + bias in the type of `x`, whatever that of the parameters.
+
+    The gradients of kernel and bias leave their sums in float32. By JAX's own rule they
+    would have the type of `x`, and devices would add up bfloat16 numbers.
+    """
+    precision = precision_of(x.dtype)
+    y = jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), precision=precision)
+    return y + jnp.expand_dims(bias.astype(x.dtype), tuple(range(y.ndim - 1)))
+
+
+def _affine_forward(x, kernel, bias):
+    return affine(x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_backward(given, by_y):
+    x, kernel, bias = given
+    precision = precision_of(x.dtype)
+    by_x = jnp.einsum(
+        "...o,io->...i", by_y, kernel.astype(x.dtype), precision=precision
+    )
+    rows = tuple(range(x.ndim - 1))
+    by_kernel = jnp.tensordot(
+        x,
+        by_y,
+        (rows, rows),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    by_bias = by_y.sum(rows, dtype=jnp.float32)
+    return by_x, by_kernel.astype(kernel.dtype), by_bias.astype(bias.dtype)
+
+
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 class MLP(nnx.Module):
@@ -88,7 +122,9 @@ def gelu_exact(x: Float[Array, "..."]) -> Float[Array, "..."]:
 class RMSNorm(nnx.Module):
     """x / rms(x) over the last axis, float32 statistics, then times `scale`.
 
-    The weight multiplies after the cast back to the input's type.
+    The weight multiplies after the cast back to the input's type. That product of two
+    is formed in float32 and rounded, which is the same number; but so the gradient of
+    the weight is summed in float32.
     """
 
     def __init__(self, features: int, eps: float, *, param_dtype: DTypeLike):
@@ -99,8 +135,9 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         unit = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        scale = self.scale[...].astype(x.dtype)
-        return unit * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        scale = self.scale[...].astype(x.dtype).astype(jnp.float32)
+        scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        return (unit.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:

@@ -12,6 +12,7 @@ Source: Wan-Video/Wan2.1, `wan/modules/vae.py`.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -99,7 +100,7 @@ class WanVAE(nnx.Module):
         Trailing frames that do not fill a group of `time_stride` are ignored. Height
         and width must be multiples of `space_stride`, else ValueError.
         """
-        groups = self._count_groups(video)
+        groups = self._count_groups(*video.shape[1:4])
         stride = self.config.time_stride
 
         def encode_group(index, caches):
@@ -111,6 +112,28 @@ class WanVAE(nnx.Module):
         moments, caches = self.encoder(video[:, :1].astype(self.config.dtype), None)
         first = self.normalise(self._split_moments(moments)[0])
         return _stream(encode_group, first, caches, groups)
+
+    def encode_before_grey(
+        self, images: Float[Array, "B H W 3"], num_frames: int
+    ) -> Float32[Array, "B t h w z"]:
+        """Equal `encode` of videos of an image and then grey, 0 in [-1, 1].
+
+        Every layer sees a few frames back. Behind these its results for grey stay the
+        same and are repeated, layers of one frame rate together: of 73 frames those at
+        the full rate, three quarters of the work, run over 25. The last ones see back
+        further than 81 frames, so that all latents differ.
+        """
+        groups = self._count_groups(num_frames, *images.shape[1:3])
+        if not groups:
+            return self.encode(images[:, None])
+        first = images[:, None].astype(self.config.dtype)
+        grey = jnp.zeros_like(first).repeat(self.config.time_stride, axis=1)[None]
+        for layers in self.encoder.rates():
+            first, grey = _run_until_still(layers, first, grey, groups)
+        grey = grey[jnp.minimum(jnp.arange(groups), len(grey) - 1)]
+        moments = jnp.concatenate([first[None], grey])
+        moments = rearrange(moments, "n B T h w C -> B (n T) h w C")
+        return self.normalise(self._split_moments(moments)[0])
 
     def decode(self, latents: Float[Array, "B t h w z"]) -> Float32[Array, "B T H W 3"]:
         """Decode normalised latents, streamed in time; the video is not clamped."""
@@ -138,7 +161,7 @@ class WanVAE(nnx.Module):
         self, video: Float[Array, "B T H W 3"]
     ) -> tuple[Float32[Array, "B t h w z"], Float32[Array, "B t h w z"]]:
         """Give mean and log variance of the latents, not normalised, in one pass."""
-        groups = self._count_groups(video)
+        groups = self._count_groups(*video.shape[1:4])
         video = video[:, : 1 + groups * self.config.time_stride]
         return self._split_moments(self.encoder(video.astype(self.config.dtype))[0])
 
@@ -166,9 +189,8 @@ class WanVAE(nnx.Module):
         statistics = self.config.latent_mean, self.config.latent_std
         return [jnp.asarray(s, jnp.float32)[None, None, None, None] for s in statistics]
 
-    def _count_groups(self, video):
+    def _count_groups(self, T, H, W):
         """Count the groups of frames after the first frame, refusing odd sizes."""
-        _, T, H, W, _ = video.shape
         side = self.config.space_stride
         if T < 1 or H % side or W % side:
             raise ValueError(
@@ -238,6 +260,16 @@ class Encoder(nnx.Module):
     def __call__(self, x: Frames, caches: Cache = None) -> tuple[NewFrames, Cache]:
         return _run([self.conv_in, *self.layers, *self.middle, self._head], x, caches)
 
+    def rates(self) -> list[list[Callable[..., tuple[NewFrames, Cache]]]]:
+        """Give the layers in order, in parts of one frame rate."""
+        parts = [[self.conv_in]]
+        for layer in self.layers:
+            parts[-1].append(layer)
+            if isinstance(layer, Downsample) and layer.time_conv is not None:
+                parts.append([])
+        parts[-1] += [*self.middle, self._head]
+        return parts
+
     def _head(self, x, cache):
         return self.conv_out(nnx.silu(self.norm_out(x)), cache)
 
@@ -289,6 +321,25 @@ def _run(layers, x, caches):
         x, cache = layer(x, cache)
         new_caches.append(cache)
     return x, tuple(new_caches)
+
+
+def _run_until_still(layers, first, groups, count):
+    """Apply layers to a frame, then to groups of frames of which the last stays.
+
+    Gives the same: a frame, and at most `count` groups up to the first that stays. A
+    layer's cache is all that it sees of earlier frames, so that a group sees as many
+    frames back as all caches hold together.
+    """
+    first, caches = _run(layers, first, None)
+    seen = sum(cache.shape[1] for cache in jax.tree.leaves(caches))
+    last = len(groups) - 1
+    count = min(count, len(groups) + math.ceil(seen / groups.shape[2]))
+
+    def body(caches, index):
+        x, caches = _run(layers, groups[jnp.minimum(index, last)], caches)
+        return caches, x
+
+    return first, jax.lax.scan(body, caches, jnp.arange(count))[1]
 
 
 class ResidualBlock(nnx.Module):

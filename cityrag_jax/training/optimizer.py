@@ -88,18 +88,22 @@ def _label(name: str, ndim: int, frozen: tuple[str, ...]) -> str:
 
 
 def make_optimizer(
-    config: OptimizerConfig, labels: Labels, num_steps: int, mesh: Mesh | None = None
+    config: OptimizerConfig,
+    labels: Labels,
+    num_steps: int,
+    shardings: Mapping[str, Sharding] | None = None,
 ) -> optax.GradientTransformation:
     """Build the optimiser of a training of `num_steps` updates.
 
     The norm that is clipped is the global one over all trainable parameters.
+    `shardings` are those of the parameters, where a mesh holds them.
     """
     adam_rate = config.adam_learning_rate
     if adam_rate is None:
         adam_rate = config.learning_rate
     decay = optax.add_decayed_weights(config.weight_decay, _is_matrix)
     muon = optax.chain(
-        scale_by_muon(config, mesh),
+        scale_by_muon(config, shardings),
         decay,
         optax.scale_by_learning_rate(
             learning_rate_schedule(config, config.learning_rate, num_steps)
@@ -140,14 +144,27 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    config: OptimizerConfig, mesh: Mesh | None = None
+    config: OptimizerConfig, shardings: Mapping[str, Sharding] | None = None
 ) -> optax.GradientTransformation:
     """Turn gradients [in, out] or [layers, in, out] into Muon's updates.
 
-    With a mesh, momentum and Newton-Schulz are split over the layers: gradients come in
+    On a mesh, momentum and Newton-Schulz are split over the layers: gradients come in
     and updates go out by one exchange, and every device orthogonalises whole matrices
-    of its own. Where the layers do not divide, they are padded with zeros in between.
+    of its own. Where the layers do not divide, they are padded with zeros in between,
+    and momentum stays with the parameters.
     """
+    on_mesh = {
+        name: sharding
+        for name, sharding in (shardings or {}).items()
+        if isinstance(sharding, NamedSharding)
+    }
+
+    def arrive(name, gradient):
+        place = on_mesh[name]
+        return _to_layers(gradient, place) if _divides(gradient, place) else gradient
+
+    def leave(name, ahead):
+        return _direction_on_mesh(ahead, config, on_mesh[name])
 
     def init(params):
         return MuonState(jax.tree.map(jnp.zeros_like, params))
@@ -158,12 +175,14 @@ def scale_by_muon(
         average = functools.partial(
             jax.tree.map, lambda m, g: beta * m + (1 - beta) * g
         )
-        gradients = jax.tree.map(lambda g: _split_layers(g, mesh), updates)
+        if not on_mesh:
+            momentum = average(state.momentum, updates)
+            ahead = average(momentum, updates) if config.nesterov else momentum
+            return _directions(ahead, config), MuonState(momentum)
+        gradients = _map_named(arrive, updates)
         momentum = average(state.momentum, gradients)
         ahead = average(momentum, gradients) if config.nesterov else momentum
-        if mesh is None:
-            return _directions(ahead, config), MuonState(momentum)
-        directions = jax.tree.map(lambda x: _direction(x, config, mesh), ahead)
+        directions = _map_named(leave, ahead)
         return directions, MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
@@ -225,8 +244,8 @@ def optimizer_shardings(
         if name not in shardings:
             return NamedSharding(mesh, PartitionSpec())
         of_muon = any(getattr(key, "name", None) == "momentum" for key in path)
-        if of_muon and leaf.ndim == 3 and leaf.shape[0] % mesh.size == 0:
-            return _by_layers(mesh)
+        if of_muon and _divides(leaf, shardings[name]):
+            return _way_to_layers(shardings[name])[-1]
         return shardings[name]
 
     return jax.tree_util.tree_map_with_path(sharding, state)
@@ -240,37 +259,81 @@ def _directions(matrices, config):
         sizes.setdefault(x.shape[-2:], []).append(place)
     for size, places in sizes.items():
         stacks = [leaves[place].reshape(-1, *size) for place in places]
-        joined = _direction(jnp.concatenate(stacks), config, None)
+        joined = _direction(jnp.concatenate(stacks), config)
         stops = np.cumsum([len(stack) for stack in stacks])[:-1]
         for place, part in zip(places, jnp.split(joined, stops), strict=True):
             leaves[place] = part.reshape(leaves[place].shape)
     return jax.tree.unflatten(tree, leaves)
 
 
-def _direction(x, config, mesh):
-    """Orthogonalise and scale; a stack is padded so that its layers divide."""
-    split = mesh is not None and mesh.size > 1 and x.ndim == 3
-    count = x.shape[0]
-    if split:
-        x = jnp.pad(x, ((0, -count % mesh.size), (0, 0), (0, 0)))
-        x = jax.lax.with_sharding_constraint(x, _by_layers(mesh))
+def _direction(x, config):
+    """Orthogonalise a matrix or a stack of them, and scale."""
     x = orthogonalize(x, config.newton_schulz_dtype)
-    if split:
-        x = jax.lax.with_sharding_constraint(x, _by_layers(mesh))[:count]
     fan_in, fan_out = x.shape[-2:]
     if config.consistent_rms is None:
         return x * max(1.0, fan_out / fan_in) ** 0.5
     return x * config.consistent_rms * max(fan_in, fan_out) ** 0.5
 
 
-def _split_layers(x, mesh):
-    if mesh is None or x.ndim != 3 or x.shape[0] % mesh.size:
-        return x
-    return jax.lax.with_sharding_constraint(x, _by_layers(mesh))
+def _direction_on_mesh(x, config, sharding):
+    """Do so with the layers split, and bring the result to its parameter's shards."""
+    if x.ndim != 3:
+        return _direction(x, config)
+    count = x.shape[0]
+    if not _divides(x, sharding):
+        padding = -count % sharding.mesh.size
+        x = _to_layers(jnp.pad(x, ((0, padding), (0, 0), (0, 0))), sharding)
+    return _to_parameter(_direction(x, config), sharding)[:count]
 
 
-def _by_layers(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names, None, None))
+def _divides(x, sharding):
+    """Say whether every device gets the same number of layers of a stack."""
+    return x.ndim == 3 and x.shape[0] % sharding.mesh.size == 0
+
+
+def _to_layers(x, sharding):
+    """Bring a stack from its parameter's shards to whole layers, some on each device.
+
+    Devices that hold the same shard each take a part of its layers; then those that
+    hold the parts of a layer exchange them.
+    """
+    for place in _way_to_layers(sharding):
+        x = jax.lax.with_sharding_constraint(x, place)
+    return x
+
+
+def _to_parameter(x, sharding):
+    """Go back: an exchange, then layers are gathered in one parameter's shard."""
+    for place in reversed(_way_to_layers(sharding)):
+        x = jax.lax.with_sharding_constraint(x, place)
+    return x
+
+
+def _way_to_layers(sharding: NamedSharding) -> tuple[NamedSharding, ...]:
+    """Give the places on the way, the parameter's own first and whole layers last.
+
+    Said in one step, the compiler finds no other way than the whole stack on every
+    device. The axes that split the matrices come last among those that split the
+    layers: only so is each step a single collective.
+    """
+    mesh = sharding.mesh
+    _, *matrix = (*sharding.spec, *(None,) * 3)[:3]
+    inner = [
+        n for axes in matrix for n in ((axes,) if isinstance(axes, str) else axes or ())
+    ]
+    outer = [name for name in mesh.axis_names if name not in inner]
+    return (
+        sharding,
+        NamedSharding(mesh, PartitionSpec(tuple(outer), *matrix)),
+        NamedSharding(mesh, PartitionSpec((*outer, *inner), None, None)),
+    )
+
+
+def _map_named(function, tree):
+    """Map over arrays and the parameters' names that they stand under."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: function(path[-1].key, x), tree
+    )
 
 
 def _is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
