@@ -8,7 +8,7 @@ with the same command, it goes on from the last whole checkpoint, as if nothing 
 happened. DIR will hold:
 
     config.json      the config; another one is refused
-    base/            what training does not change: autoencoder, prompt
+    base/            what training does not change: autoencoder, prompt, the frozen
     checkpoints/     the last few, each a folder named after its step
     metrics.jsonl    losses and speed
     model/           the finished model, for generate and evaluate
@@ -30,10 +30,13 @@ from ml_collections import ConfigDict, config_flags
 from cityrag_jax.checkpoint import (
     TrainingCheckpoints,
     abstract_model,
+    abstract_parameters,
     load_bundle,
+    load_frozen,
     parameter_shardings,
-    parameters,
+    read_config,
     save_bundle,
+    save_frozen,
     stacked_parameters,
 )
 from cityrag_jax.parallel import keep_compilations, loading_dtype, make_mesh
@@ -53,6 +56,7 @@ from cityrag_jax.training.optimizer import (
     OptimizerConfig,
     label_parameters,
     make_optimizer,
+    split_frozen,
 )
 from cityrag_jax.training.step import (
     TrainState,
@@ -98,14 +102,22 @@ class _Training:
         self.stacked = stacked_parameters(model)
         self.shardings = parameter_shardings(model, mesh)
         options = OptimizerConfig(**config.optimizer)
-        self.labels = label_parameters(parameters(model), options.frozen)
+        whole = abstract_parameters(model, self.shardings)
+        self.labels = label_parameters(whole, options.frozen)
+        trained, frozen = split_frozen(whole, self.labels)
+        self.frozen_dtype = read_config(self.task.description).dtype
+        self.abstract_frozen = {
+            name: jax.ShapeDtypeStruct(x.shape, self.frozen_dtype, sharding=x.sharding)
+            for name, x in frozen.items()
+        }
         steps = config.train.steps
         self.optimizer = make_optimizer(options, self.labels, steps, self.shardings)
-        abstract = jax.eval_shape(self._init, parameters(model))
+        abstract = jax.eval_shape(self._init, trained)
         self.state_shardings = None
         if mesh is not None:
+            shardings, _ = split_frozen(self.shardings, self.labels)
             self.state_shardings = state_shardings(
-                abstract, self.optimizer, self.shardings, mesh
+                abstract, self.optimizer, shardings, mesh
             )
         self.abstract = _with_shardings(abstract, self.state_shardings)
 
@@ -122,11 +134,15 @@ class _Training:
     def _init(self, params: dict[str, Any]) -> TrainState:
         return init_state(params, self.optimizer, self.config.train.ema_decay)
 
-    def restore(self) -> TrainState:
-        """Give the newest checkpoint's state, or a new one."""
+    def restore(self) -> tuple[TrainState, dict[str, Any]]:
+        """Give the newest checkpoint's state, or a new one, and the frozen."""
         if not self.checkpoints.steps:
             params = self.task.initial_parameters(self.shardings)
-            return jax.jit(self._init, out_shardings=self.state_shardings)(params)
+            params, frozen = split_frozen(params, self.labels)
+            frozen = {name: x.astype(self.frozen_dtype) for name, x in frozen.items()}
+            save_frozen(self.workdir, frozen, self.stacked)
+            state = jax.jit(self._init, out_shardings=self.state_shardings)(params)
+            return state, frozen
         wanted = {name: getattr(self.abstract, name) for name in GROUPS}
         wanted["step"] = {"step": self.abstract.step}
         groups, notes = self.checkpoints.restore(wanted, self.stacked)
@@ -135,7 +151,8 @@ class _Training:
                 f"The checkpoint was trained with seed {notes['seed']}, the config has "
                 f"{self.config.seed}; use another workdir."
             )
-        return TrainState(groups.pop("step")["step"], **groups)
+        frozen = load_frozen(self.workdir, self.abstract_frozen, self.stacked)
+        return TrainState(groups.pop("step")["step"], **groups), frozen
 
     def run(self) -> Path:
         config, task = self.config, self.task
@@ -144,7 +161,7 @@ class _Training:
             print(f"Training has ended before, at step {config.train.steps}.")
             print(describe_end(config, path))
             return path
-        state = self.restore()
+        state, frozen = self.restore()
         first = int(state.step)
         held_out = held_out_examples(task, self.sources, config, self.mesh)
         measure = jax.jit(task.held_out_losses)
@@ -156,13 +173,13 @@ class _Training:
             max_seconds=config.train.max_seconds,
             tensorboard=config.train.tensorboard,
         )
-        log.say(describe_start(config, self.labels, state.params, first))
+        log.say(describe_start(config, self.labels, frozen | state.params, first))
         losses, step, clock = _Losses(config.train.patience), first, None
         intervals = config.train
-        held = measure_held_out(measure, state, held_out)
+        held = measure_held_out(measure, state, frozen, held_out)
         log.write(first, held)
         while step < intervals.steps:
-            state, metrics = update(state, next(examples))
+            state, metrics = update(state, frozen, next(examples))
             losses.add(step, metrics)
             step += config.train.updates_per_call
             if clock is None:
@@ -175,7 +192,7 @@ class _Training:
             if step % intervals.log_interval == 0 or save or evaluate:
                 report = losses.collect()
                 if evaluate:
-                    held = measure_held_out(measure, state, held_out)
+                    held = measure_held_out(measure, state, frozen, held_out)
                     report |= held
                 log.report(step, report, spent)
             if save and losses.healthy:
@@ -187,29 +204,29 @@ class _Training:
             raise FloatingPointError(
                 f"The last updates, up to {step}, were not finite."
             )
-        return self._finish(state, step, held["held_out"])
+        return self._finish(state, frozen, step, held["held_out"])
 
     def _make_update(self, first: int):
         """Give the jitted update and the iterator of what it takes."""
         config, task = self.config, self.task
         size = config.train.batch_size
-        loss = task.loss
+        mix = task.mix
         if config.train.pool:
             examples = Pool(task, self.sources, config, self.mesh, first)
 
-            def loss(params, pool, step):
-                batch = draw_batch(pool, config.seed, step, size)
-                return task.loss(params, batch, step)
+            def mix(pool, step):
+                return task.mix(draw_batch(pool, config.seed, step, size), step)
         else:
             clips = stream(self.sources, config, first, self.mesh)
             examples = (task.encode(clip) for clip in clips)
         update = make_step(
-            loss,
+            task.loss,
             self.optimizer,
-            self.labels,
-            config.train.ema_decay,
-            self.state_shardings,
-            config.train.updates_per_call,
+            mix=mix,
+            ema_decay=config.train.ema_decay,
+            micro_batches=config.train.micro_batches,
+            updates=config.train.updates_per_call,
+            shardings=self.state_shardings,
         )
         return update, examples
 
@@ -221,10 +238,11 @@ class _Training:
                 step, groups | {"step": {"step": state.step}}, notes, self.stacked
             )
 
-    def _finish(self, state: TrainState, step: int, held_out: float) -> Path:
+    def _finish(self, state, frozen, step: int, held_out: float) -> Path:
         """Write `model/`: averaged parameters if there are any."""
         self.checkpoints.wait()
-        bundle = self.task.finish(state.ema or state.params, self._some_examples(step))
+        params = frozen | (state.ema or state.params)
+        bundle = self.task.finish(params, self._some_examples(step))
         path = self.workdir / "model"
         save_bundle(path, bundle, dtype=self.config.train.save_dtype, overwrite=True)
         print(f"Step {step}, held-out loss {held_out:.4f}.")
@@ -271,10 +289,11 @@ class _Losses:
 
 
 def measure_held_out(
-    measure, state: TrainState, batches: list[Examples]
+    measure, state: TrainState, frozen: dict[str, Any], batches: list[Examples]
 ) -> dict[str, float]:
     """Average the held-out losses of the averaged parameters, if there are any."""
-    losses = jax.device_get([measure(state.ema or state.params, b) for b in batches])
+    params = frozen | (state.ema or state.params)
+    losses = jax.device_get([measure(params, batch) for batch in batches])
     return {
         name: float(np.mean(np.concatenate([loss[name] for loss in losses])))
         for name in losses[0]

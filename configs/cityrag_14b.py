@@ -68,6 +68,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 20_000
     config.train.batch_size = 32
+    config.train.micro_batches = 1  # parts of a batch whose gradients are added up
     config.train.pool = 0
     config.train.pool_start = 0
     config.train.fresh = 0

@@ -81,6 +81,7 @@ def _gpu() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 10_200
     config.train.batch_size = 128
+    config.train.micro_batches = 1  # parts of a batch whose gradients are added up
     config.train.pool = 32_768
     config.train.pool_start = 4096
     config.train.fresh = 128  # clips that join the pool after a call, the oldest leave

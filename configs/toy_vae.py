@@ -66,6 +66,7 @@ def _gpu() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 5000
     config.train.batch_size = 8
+    config.train.micro_batches = 1  # parts of a batch whose gradients are added up
     config.train.pool = 4096
     config.train.pool_start = 1024
     config.train.fresh = 32  # clips that join the pool after a call, the oldest leave

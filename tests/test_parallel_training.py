@@ -103,7 +103,7 @@ def _recording(optimizer):
     return optax.chain(record, optimizer)
 
 
-def _update(task, params, examples, mesh):
+def _update(task, params, examples, mesh, micro_batches=1):
     """Run one update; give loss, gradients, change of the parameters, new state."""
     labels = label_parameters(params, ())
     of_params = parameter_shardings(abstract_model(task.description), mesh)
@@ -119,8 +119,9 @@ def _update(task, params, examples, mesh):
         )
         examples = jax.device_put(examples, batch)
     state = jax.jit(make, out_shardings=shardings)(params)
-    step = make_step(task.loss, optimizer, labels, 0.99, shardings)
-    state, metrics = step(state, examples)
+    kinds = dict(ema_decay=0.99, micro_batches=micro_batches, shardings=shardings)
+    step = make_step(task.loss, optimizer, mix=task.mix, **kinds)
+    state, metrics = step(state, {}, examples)
     change = {n: np.asarray(x) - params[n] for n, x in state.params.items()}
     return metrics["loss"][0], state.optimizer[0], change, state
 
@@ -141,12 +142,15 @@ def test_every_parameter_has_a_gradient(expected):
     assert not [n for n, g in expected[1].items() if not np.any(g)]
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_a_mesh_equals_one_device(task, params, examples, expected, sizes):
+@pytest.mark.parametrize(
+    "sizes, parts",
+    [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 1, 8), 1), ((2, 2, 2), 1), ((2, 2, 2), 2)],
+)
+def test_a_mesh_equals_one_device(task, params, examples, expected, sizes, parts):
     """Float32: 1e-6 leaves room for another order of sums (measured 2e-7)."""
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
-        loss, gradients, change, state = _update(task, params, examples, mesh)
+        loss, gradients, change, state = _update(task, params, examples, mesh, parts)
     assert abs(float(loss) - expected[0]) <= 1e-6 * expected[0]
     assert _distance(gradients, expected[1]) <= 1e-6
     assert _distance(change, expected[2]) <= 1e-5

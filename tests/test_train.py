@@ -36,6 +36,12 @@ from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.checks import check_config, flatten_config
 from cityrag_jax.training.examples import Pool, clip_config, draw_batch, open_cities
 from cityrag_jax.training.log import TrainingLog, read_metrics
+from cityrag_jax.training.optimizer import (
+    OptimizerConfig,
+    label_parameters,
+    make_optimizer,
+    split_frozen,
+)
 from cityrag_jax.training.reconstruction import texture_error
 from cityrag_jax.training.step import average, check_finite, init_state, make_step
 from cityrag_jax.training.tasks import (
@@ -319,6 +325,65 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(folder):
         assert same == frozen or not np.any(old[name]), name
 
 
+def test_frozen_parameters_stay_bitwise_and_stand_in_no_checkpoint(folder, config):
+    """Through the door, resumed in between; drawn once, kept beside the autoencoder."""
+    changed = config.copy_and_resolve_references()
+    changed.optimizer.frozen = ("blocks.cross_attention.*", "text_embedding.*")
+    changed.train.micro_batches = 2
+    trainer.train(changed, folder / "frozen")
+    again = folder / "frozen_again"
+    shutil.copytree(folder / "frozen", again)
+    shutil.rmtree(again / "model")
+    shutil.rmtree(again / "checkpoints" / "10")
+    halfway = parameters(latest_model(again).modules["transformer"])
+    trainer.train(changed, again)
+    record = _checkpoint_parameters(again)
+    assert record == _checkpoint_parameters(folder / "frozen")
+    for group in ("params", "ema", "optimizer"):
+        assert record[group]
+        assert not [n for n in record[group] if "cross_attention" in n]
+    task = _task(changed)
+    drawn = task.initial_parameters(
+        parameter_shardings(abstract_model(task.description), None)
+    )
+    after = parameters(latest_model(again).modules["transformer"])
+    for name, x in after.items():
+        frozen = name.startswith(("blocks.cross_attention.", "text_embedding."))
+        same = np.array_equal(x, drawn[name])
+        # One row of text: the norm in front of frozen cross-attention has no effect.
+        assert same == (frozen or name.startswith("blocks.cross_norm.")), name
+        assert np.array_equal(halfway[name], drawn[name]) or not frozen
+
+
+def test_the_14b_trains_what_the_paper_trains():
+    """Muon's matrices, Adam's rest and the frozen, counted by name (section 3.2)."""
+    config = get_config("cityrag_14b", None)
+    values = parameters(abstract_model(describe_model(config)))
+    labels = label_parameters(values, config.optimizer.frozen)
+    count = dict.fromkeys(("muon", "adam", "frozen"), 0)
+    for name, label in labels.items():
+        count[label] += values[name].size
+    assert {label: round(n / 1e9, 2) for label, n in count.items()} == {
+        "muon": 14.16,
+        "adam": 0.19,
+        "frozen": 6.35,
+    }
+    trained, frozen = split_frozen(values, labels)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), labels, 10)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, 0.99), trained)
+    assert set(state.params) == set(state.ema) == set(values) - set(frozen)
+    assert sum(x.size for x in frozen.values()) == count["frozen"]
+    held = sum(x.size for x in jax.tree.leaves(state.optimizer))
+    # Momentum of Muon, two moments of Adam, and counters of updates.
+    assert held == pytest.approx(count["muon"] + 2 * count["adam"], abs=10)
+    roots = {".".join(name.split(".")[:2]) for name in frozen}
+    assert roots == {
+        "blocks.cross_attention",
+        *(f"text_embedding.{fc}" for fc in ("fc1", "fc2")),
+        *(f"image_embedding.{part}" for part in ("norm1", "mlp", "norm2")),
+    }
+
+
 def test_what_fits_of_a_start_is_taken_and_the_rest_drawn(folder):
     """Another width of latents: the outermost convolutions are new, the rest is not."""
     changes = dict(model__autoencoder__z_dim=8, train__init_fitting=True)
@@ -367,19 +432,7 @@ def _task(config):
 def test_the_loss_of_a_clip_does_not_depend_on_its_batch(config):
     """Noise, time and drops follow the clip: order and company change nothing."""
     task = _task(config)
-    params = draw_parameters(task.description, 0)
-    rng = np.random.default_rng(0)
-    params = {n: x + 0.1 * rng.normal(size=x.shape) for n, x in params.items()}
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    examples = {
-        "latents": normal(4, 3, 4, 6, 16),
-        "first_frame": normal(4, 3, 4, 6, 20),
-        "geo_latents": normal(4, 4, 4, 6, 16),
-        "geo_length": np.array([2, 4, 3, 2], np.int32),
-        "poses": normal(4, 9, 4, 4),
-        "clip_id": np.array([5, 6, 7, 8], np.uint32),
-    }
+    params, examples = _random_parameters(task), _random_examples(4)
     jitted = jax.jit(lambda e: task.loss(params, e, jnp.int32(3))[0])
     loss = lambda e: float(jitted(e))  # noqa: E731
     whole = loss(examples)
@@ -388,13 +441,35 @@ def test_the_loss_of_a_clip_does_not_depend_on_its_batch(config):
     assert np.mean(halves) == pytest.approx(whole, rel=1e-6)
 
 
+def _random_parameters(task):
+    """Nothing is left at zero, so that everything has an effect."""
+    rng = np.random.default_rng(0)
+    params = draw_parameters(task.description, 0)
+    return {
+        n: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), jnp.float32)
+        for n, x in params.items()
+    }
+
+
+def _random_examples(count):
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    return {
+        "latents": normal(count, 3, 4, 6, 16),
+        "first_frame": normal(count, 3, 4, 6, 20),
+        "geo_latents": normal(count, 4, 4, 6, 16),
+        "geo_length": np.resize(np.array([2, 4, 3, 2], np.int32), count),
+        "poses": normal(count, 9, 4, 4),
+        "clip_id": 5 + np.arange(count, dtype=np.uint32),
+    }
+
+
 def _take(examples, index):
     return {n: x[np.array(index)] for n, x in examples.items()}
 
 
 def test_conditions_are_dropped_independently_one_time_in_ten(config):
     task = _task(config)
-    task.mismatch = 0.0
     seen = []
     task._flow_loss = lambda params, examples, key, pose, geo: (
         seen.append((pose, geo)),
@@ -415,8 +490,8 @@ def _toy_step(updates=1):
     def loss(params, batch, step):
         return jnp.sum((params["w"] - batch) ** 2), {}
 
-    labels = {"w": "adam"}
-    step = make_step(loss, optimizer, labels, ema_decay=0.9, updates=updates)
+    update = make_step(loss, optimizer, ema_decay=0.9, updates=updates)
+    step = lambda state, batch: update(state, {}, batch)  # noqa: E731
     return init_state({"w": jnp.ones(3)}, optimizer, 0.9), step
 
 
@@ -435,6 +510,42 @@ def test_an_update_that_is_not_finite_changes_nothing():
             strict=True,
         ):
             np.testing.assert_array_equal(a, b)
+
+
+def test_parts_of_a_batch_make_the_update_of_the_whole(config):
+    """Clips draw, drop and swap what they do in the whole batch, to 1e-6 of float32."""
+    task = _task(config)
+    task.mismatch = task.drop = 0.3
+    params = _random_parameters(task)
+    optimizer = optax.sgd(1.0)  # the change is the gradient
+    found = []
+    for parts in (1, 2, 4, 8):
+        update = make_step(task.loss, optimizer, mix=task.mix, micro_batches=parts)
+        state = init_state(jax.tree.map(jnp.array, params), optimizer, 0.0)
+        state, metrics = update(state, {}, _random_examples(8))
+        change = {n: np.float64(x) - params[n] for n, x in state.params.items()}
+        found.append((change, float(metrics["loss"][0])))
+    whole, loss = found[0]
+    size = np.sqrt(sum((x**2).sum() for x in whole.values()))
+    for change, number in found[1:]:
+        distance = np.sqrt(sum(((change[n] - whole[n]) ** 2).sum() for n in whole))
+        assert distance < 1e-6 * size
+        assert number == pytest.approx(loss, rel=1e-6)
+
+
+def test_frozen_parameters_are_an_argument_that_an_update_reads():
+    """Neither derived nor averaged nor taken over, and in a type of their own."""
+    optimizer = optax.adam(0.1)
+
+    def loss(params, batch, step):
+        return jnp.sum((params["w"] * params["fixed"] - batch) ** 2), {}
+
+    frozen = {"fixed": jnp.full(3, 2.0, jnp.bfloat16)}
+    state = init_state({"w": jnp.ones(3)}, optimizer, 0.9)
+    state, _ = make_step(loss, optimizer, ema_decay=0.9)(state, frozen, jnp.zeros(3))
+    assert set(state.params) == set(state.ema) == {"w"}
+    assert not np.array_equal(state.params["w"], np.ones(3))
+    np.testing.assert_array_equal(frozen["fixed"], np.full(3, 2.0))
 
 
 def test_repeated_non_finite_losses_name_the_steps():
@@ -520,6 +631,8 @@ def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
         (dict(train__mesh__sequence=8, model__transformer__num_heads=4), "4 heads"),
         (dict(train__mesh__data=8), "batch_size 4 does not divide"),
         (dict(train__mesh__data=8), "together, 4 does not divide"),
+        (dict(train__micro_batches=0), "train.micro_batches is 0"),
+        (dict(train__micro_batches=3), "batch_size 4 does not divide over micro_b"),
         (dict(data__height=40), "multiples of 16"),
         (dict(train__pool=2), "train.pool 2"),
         (dict(train__pool_start=2), "train.pool_start 2"),

@@ -30,6 +30,7 @@ from cityrag_jax.training.optimizer import (
     OptimizerConfig,
     label_parameters,
     make_optimizer,
+    split_frozen,
 )
 from cityrag_jax.training.step import init_state, make_step
 from cityrag_jax.training.task import Examples
@@ -91,19 +92,24 @@ def main(_) -> None:
     optimizer = make_optimizer(options, labels, config.train.steps)
     size, updates = config.train.batch_size, config.train.updates_per_call
 
-    def loss(params, pool, step):
-        return task.loss(params, draw_batch(pool, config.seed, step, size), step)
+    def mix(pool, step):
+        return task.mix(draw_batch(pool, config.seed, step, size), step)
 
-    call = make_step(loss, optimizer, labels, config.train.ema_decay, updates=updates)
+    decay, parts = config.train.ema_decay, config.train.micro_batches
+    kinds = dict(ema_decay=decay, micro_batches=parts, updates=updates)
+    call = make_step(task.loss, optimizer, mix=mix, **kinds)
     pool = random_examples(config)
-    state = init_state(params, optimizer, config.train.ema_decay)
+    params, frozen = split_frozen(params, labels)
+    dtype = read_config(task.description).dtype
+    frozen = {name: x.astype(dtype) for name, x in frozen.items()}
+    state = init_state(params, optimizer, decay)
     began = time.monotonic()
-    state, _ = jax.block_until_ready(call(state, pool))
+    state, _ = jax.block_until_ready(call(state, frozen, pool))
     compiled = time.monotonic() - began
     seconds = []
     for _ in range(given.calls):
         began = time.monotonic()
-        state, _ = jax.block_until_ready(call(state, pool))
+        state, _ = jax.block_until_ready(call(state, frozen, pool))
         seconds.append((time.monotonic() - began) / updates)
     each = float(np.median(seconds))
     rate = count_operations(config, task) / each
@@ -117,7 +123,7 @@ def main(_) -> None:
     )
     if given.profile:
         with jax.profiler.trace(given.profile):
-            jax.block_until_ready(call(state, pool))
+            jax.block_until_ready(call(state, frozen, pool))
         print_kernels(Path(given.profile), updates)
 
 

@@ -23,6 +23,7 @@ from cityrag_jax.checkpoint.bundles import (
     FORMAT,
     Bundle,
     Modules,
+    abstract_parameters,
     load_bundle,
     save_bundle,
     verify_bundle,
@@ -42,7 +43,12 @@ from cityrag_jax.checkpoint.descriptions import (
     with_adapters,
     with_parameters,
 )
-from cityrag_jax.checkpoint.training import TrainingCheckpoints, latest_model
+from cityrag_jax.checkpoint.training import (
+    TrainingCheckpoints,
+    latest_model,
+    load_frozen,
+    save_frozen,
+)
 
 __all__ = [
     "FORMAT",
@@ -52,16 +58,19 @@ __all__ = [
     "Modules",
     "TrainingCheckpoints",
     "abstract_model",
+    "abstract_parameters",
     "build_model",
     "describe",
     "draw_parameters",
     "latest_model",
     "load_bundle",
+    "load_frozen",
     "new_model",
     "parameter_shardings",
     "parameters",
     "read_config",
     "save_bundle",
+    "save_frozen",
     "stacked_parameters",
     "verify_bundle",
     "with_adapters",

@@ -1,9 +1,10 @@
 """Training checkpoints, and the newest model wherever it stands.
 
-A training workdir holds `base/` (a bundle: what does not change), `checkpoints/STEP/`
-and at the end `model/` (a bundle). A checkpoint is some groups of arrays, each one
-Orbax folder in which a stacked array is one entry for each layer (`name@000`), and
-notes. Every restore verifies the digests.
+A training workdir holds `base/` (a bundle: what does not change, with the frozen
+parameters of the trained module in `base/frozen/`), `checkpoints/STEP/` and at the end
+`model/` (a bundle). A checkpoint is some groups of arrays, each one Orbax folder in
+which a stacked array is one entry for each layer (`name@000`), and notes. Every restore
+verifies the digests.
 """
 
 import dataclasses
@@ -42,7 +43,15 @@ from cityrag_jax.checkpoint.digests import (
     digest_arrays,
     unreadable,
 )
-from cityrag_jax.checkpoint.items import abstract_layer, is_stacked
+from cityrag_jax.checkpoint.files import renamed
+from cityrag_jax.checkpoint.items import (
+    abstract_layer,
+    is_stacked,
+    read_arrays,
+    write_arrays,
+)
+
+FROZEN = Path("base", "frozen")
 
 
 def latest_model(
@@ -66,12 +75,26 @@ def latest_model(
     if is_bundle(path / "base"):
         base = load_bundle(path / "base", verify=verify, **kinds)
         with TrainingCheckpoints(path / "checkpoints") as checkpoints:
-            return checkpoints.load_model(base, **kinds)
+            return checkpoints.load_model(base, path / FROZEN, **kinds)
     raise ValueError(
         f"{path} holds no model: neither its config.json nor those of model/ and base/ "
         f"list modules in format {FORMAT}. Give a training workdir or a folder made by "
         "tools/convert_wan.py."
     )
+
+
+def save_frozen(workdir: Path, frozen: Arrays, stacked: frozenset[str]) -> None:
+    """Write the parameters that a training leaves as they are, if there are any."""
+    if frozen:
+        with renamed(workdir / FROZEN, overwrite=True) as folder:
+            write_arrays(folder, frozen, stacked)
+
+
+def load_frozen(workdir: Path, wanted: Arrays, stacked: frozenset[str]) -> Arrays:
+    """Read what `save_frozen` wrote as the abstract arrays say; digests are checked."""
+    if not wanted:
+        return {}
+    return read_arrays(workdir / FROZEN, wanted, stacked, verify=True)
 
 
 class TrainingCheckpoints:
@@ -159,22 +182,33 @@ class TrainingCheckpoints:
         return self._read_record(self._newest() if step is None else step)["notes"]
 
     def load_model(
-        self, base: Bundle, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+        self,
+        base: Bundle,
+        frozen: Path,
+        *,
+        dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
     ) -> Bundle:
-        """Put the newest (averaged) parameters into the module described in `base`."""
+        """Put the newest (averaged) parameters into the module described in `base`.
+
+        Those that no checkpoint holds are read from the folder `frozen`, if it exists.
+        """
         step = self._newest()
         record = self._read_record(step)
         group = "ema" if record["digests"].get("ema") else "params"
+        trained = {item.partition("@")[0] for item in record["digests"][group]}
         name = record["notes"]["part"]
 
         def read() -> nnx.Module:
             model = abstract_model(base.descriptions[name], dtype)
             wanted = abstract_parameters(model, parameter_shardings(model, mesh))
+            stacked, values = stacked_parameters(model), {}
+            if frozen.exists():
+                others = {n: wanted.pop(n) for n in wanted.keys() - trained}
+                values = read_arrays(frozen, others, stacked, verify=True)
             with TrainingCheckpoints(self.folder) as checkpoints:
-                groups, _ = checkpoints.restore(
-                    {group: wanted}, stacked_parameters(model), step
-                )
-            return with_parameters(model, groups[group])
+                groups, _ = checkpoints.restore({group: wanted}, stacked, step)
+            return with_parameters(model, values | groups[group])
 
         return dataclasses.replace(
             base,

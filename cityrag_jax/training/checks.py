@@ -16,7 +16,7 @@ from cityrag_jax.training.tasks import describe_model
 # that begin so.
 FREE_KEYS = (
     *("train.mesh.", "train.max_seconds", "train.log_interval", "train.keep"),
-    *("train.tensorboard", "data.threads", "data.workers"),
+    *("train.tensorboard", "train.micro_batches", "data.threads", "data.workers"),
     *("eval.table_clips", "eval.batch_size", "eval.noise_levels", "sample."),
 )
 
@@ -33,7 +33,7 @@ def check_config(config: ConfigDict) -> None:
     mesh = dict(t.mesh)
     sizes = {f"train.mesh.{name}": size for name, size in mesh.items()}
     names = ("steps", "batch_size", "encode_batch", "updates_per_call", "keep")
-    names += ("log_interval", "checkpoint_interval", "patience")
+    names += ("micro_batches", "log_interval", "checkpoint_interval", "patience")
     sizes |= {f"train.{name}": t[name] for name in names}
     sizes |= {f"eval.{name}": config.eval[name] for name in ("clips", "interval")}
     for name, size in sizes.items():
@@ -49,10 +49,7 @@ def check_config(config: ConfigDict) -> None:
     )
     ways = mesh["data"] * mesh["fsdp"]
     together = clips_at_once(config)
-    shared = {
-        "train.batch_size": t.batch_size,
-        "eval.clips, encoded together,": together,
-    }
+    shared = {"eval.clips, encoded together,": together}
     if t.pool:
         shared["train.encode_batch"] = t.encode_batch
     for name, size in shared.items():
@@ -60,6 +57,11 @@ def check_config(config: ConfigDict) -> None:
             size % ways == 0,
             f"{name} {size} does not divide over data x fsdp = {ways}.",
         )
+    require(
+        t.batch_size % (t.micro_batches * ways) == 0,
+        f"train.batch_size {t.batch_size} does not divide over micro_batches x data x "
+        f"fsdp = {t.micro_batches * ways}.",
+    )
     require(
         config.eval.clips % together == 0,
         f"eval.clips {config.eval.clips} must be a multiple of {together}, the clips "

@@ -1,7 +1,7 @@
 """Muon on the matrices of blocks and branches, AdamW on the rest but the frozen.
 
 Parameters are a flat dict from dotted names to arrays. A label for each (`muon`, `adam`
-or `frozen`) decides by name and dimensions; frozen parameters hold no state.
+or `frozen`) decides by name and dimensions; the optimiser never sees frozen ones.
 
 Muon: momentum, then five Newton-Schulz steps that bring all singular values near 1
 (optax's, on explicit dimension numbers since layers are stacked), scaled so that an
@@ -76,6 +76,14 @@ def label_parameters(params: Mapping[str, Any], frozen: tuple[str, ...]) -> Labe
     return {name: _label(name, x.ndim, frozen) for name, x in params.items()}
 
 
+def split_frozen(
+    values: Mapping[str, Any], labels: Labels
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part what stands under the parameters' names into trained and frozen."""
+    frozen = {name: x for name, x in values.items() if labels[name] == "frozen"}
+    return {name: x for name, x in values.items() if name not in frozen}, frozen
+
+
 def _label(name: str, ndim: int, frozen: tuple[str, ...]) -> str:
     if MARK in name:
         return "adam"
@@ -95,9 +103,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Build the optimiser of a training of `num_steps` updates.
 
-    The norm that is clipped is the global one over all trainable parameters.
-    `shardings` are those of the parameters, where a mesh holds them.
+    It takes the parameters that are not labelled frozen. The norm that is clipped is
+    the global one over all of them. `shardings` are those of the parameters, where a
+    mesh holds them.
     """
+    trained = {name: label for name, label in labels.items() if label != "frozen"}
     adam_rate = config.adam_learning_rate
     if adam_rate is None:
         adam_rate = config.learning_rate
@@ -116,10 +126,10 @@ def make_optimizer(
             learning_rate_schedule(config, adam_rate, num_steps)
         ),
     )
-    groups = {"muon": muon, "adam": adam, "frozen": optax.set_to_zero()}
+    groups = {"muon": muon, "adam": adam}
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else None
     parts = [] if clip is None else [clip]
-    return optax.chain(*parts, optax.multi_transform(groups, labels))
+    return optax.chain(*parts, optax.multi_transform(groups, trained))
 
 
 def learning_rate_schedule(

@@ -1,7 +1,9 @@
 """One update: loss, gradients, optimiser, average; refused if anything is not finite.
 
-The state is a pytree of arrays, its parameters a flat dict by name. Everything happens
-in one jitted call that takes the state over (donation). With a mesh, gradients are
+The state is a pytree of arrays, its parameters a flat dict by name. It holds what is
+trained; frozen parameters are an argument of their own, in the type that the module
+computes in, and nothing is derived, averaged or kept for them. Everything happens in
+one jitted call that takes the state over (donation). With a mesh, gradients are
 constrained to the shards of their parameters, so no device holds them whole.
 """
 
@@ -12,12 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Int32, PyTree
 
-from cityrag_jax.training.optimizer import Labels, Params, optimizer_shardings
+from cityrag_jax.parallel import shard
+from cityrag_jax.training.optimizer import Params, optimizer_shardings
 
-Loss = Callable[[Params, PyTree, Array], tuple[Array, dict[str, Array]]]
+Metrics = dict[str, Array]
+Loss = Callable[[Params, PyTree, Array], tuple[Array, Metrics]]
+Update = Callable[["TrainState", Params, PyTree], tuple["TrainState", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +31,8 @@ Loss = Callable[[Params, PyTree, Array], tuple[Array, dict[str, Array]]]
 class TrainState:
     """What an update changes. `step` counts updates, refused ones included.
 
-    `ema` is the averaged copy of the parameters, or empty without averaging.
+    `params` are the trained parameters; `ema` is their averaged copy, or empty without
+    averaging.
     """
 
     step: Any
@@ -60,31 +67,60 @@ def state_shardings(
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    labels: Labels,
+    *,
+    mix: Callable[[PyTree, Array], PyTree] = lambda batch, step: batch,
     ema_decay: float = 0.0,
-    shardings: TrainState | None = None,
+    micro_batches: int = 1,
     updates: int = 1,
-) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Array]]]:
-    """Build the jitted call `(state, batch) -> (state, metrics)` of `updates` updates.
+    shardings: TrainState | None = None,
+) -> Update:
+    """Build the jitted call `(state, frozen, batch) -> (state, metrics)`.
 
-    `loss(params, batch, step)` gives the loss and a dict of further numbers; it draws
-    what it needs of `batch` by `step`. Metrics are those, `loss`, `gradient_norm`
-    (before clipping) and `refused` (1 if the update was not finite: then parameters,
-    average and optimiser are as before), each with an entry for every update.
+    It makes `updates` updates. `mix(batch, step)` gives what one of them takes of
+    `batch`, and `loss(params, batch, step)` the loss of all parameters and a dict of
+    further numbers. With `micro_batches` the gradient is the mean over as many equal
+    parts of the batch, one after the other: that of the whole batch where the loss is a
+    mean over clips.
+
+    Metrics are the loss's numbers, `loss`, `gradient_norm` (before clipping) and
+    `refused` (1 if the update was not finite: then parameters, average and optimiser
+    are as before), each with an entry for every update.
     """
 
-    def value(params, batch, step):
-        return loss(stop_frozen(params, labels), batch, step)
+    def constrain(gradients):
+        if shardings is None:
+            return gradients
+        return jax.lax.with_sharding_constraint(gradients, shardings.params)
 
-    def update(state, batch):
-        gradient = jax.value_and_grad(value, has_aux=True)
-        (number, more), gradients = gradient(state.params, batch, state.step)
-        if shardings is not None:
-            gradients = jax.lax.with_sharding_constraint(gradients, shardings.params)
+    def differentiate(params, frozen, batch, step):
+        def value(params):
+            return loss(frozen | params, batch, step)
+
+        result, gradients = jax.value_and_grad(value, has_aux=True)(params)
+        return result, constrain(gradients)
+
+    def accumulate(params, frozen, batch, step):
+        """Average over parts; sums are float32 in the shards of the parameters."""
+        if micro_batches == 1:  # XLA on CPUs is several times slower inside a scan
+            return differentiate(params, frozen, batch, step)
+        parts = jax.tree.map(lambda x: split_batch(x, micro_batches), batch)
+
+        def add(total, part):
+            result, gradients = differentiate(params, frozen, part, step)
+            return constrain(jax.tree.map(jnp.add, total, gradients)), result
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        total, results = jax.lax.scan(add, constrain(zeros), parts)
+        gradients = jax.tree.map(lambda x: x / micro_batches, total)
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), results), gradients
+
+    def update(state, frozen, batch):
+        batch = mix(batch, state.step)
+        (number, more), gradients = accumulate(state.params, frozen, batch, state.step)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(number) & jnp.isfinite(norm)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        changes, moments = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, changes)
         ema = average(state.ema, params, state.step, ema_decay)
         new = TrainState(state.step + 1, params, ema, moments)
         old = dataclasses.replace(state, step=new.step)
@@ -92,22 +128,25 @@ def make_step(
         metrics = {"loss": number, "gradient_norm": norm, "refused": ~finite}
         return kept, metrics | more
 
-    def call(state, batch):
-        if updates == 1:  # XLA on CPUs is several times slower inside a scan
-            state, metrics = update(state, batch)
+    def call(state, frozen, batch):
+        if updates == 1:
+            state, metrics = update(state, frozen, batch)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(lambda s, _: update(s, batch), state, length=updates)
+        return jax.lax.scan(
+            lambda s, _: update(s, frozen, batch), state, length=updates
+        )
 
     out = None if shardings is None else (shardings, None)
     return jax.jit(call, donate_argnums=0, out_shardings=out)
 
 
-def stop_frozen(params: Params, labels: Labels) -> Params:
-    """Cut the gradient of frozen parameters, so that it is never computed."""
-    return {
-        name: jax.lax.stop_gradient(x) if labels[name] == "frozen" else x
-        for name, x in params.items()
-    }
+def split_batch(x: Array, count: int) -> Array:
+    """Cut the leading axis into `count` parts: row i goes to part i modulo `count`.
+
+    So every device gives rows of its own to every part, and none travels.
+    """
+    parts = rearrange(x, "(b m) ... -> m b ...", m=count)
+    return shard(parts, None, "batch", *(None,) * (parts.ndim - 2))
 
 
 def average(

@@ -49,7 +49,7 @@ class Task(abc.ABC):
 
     def initial_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
         """Give the parameters to start from, drawn or copied onto their shards."""
-        fresh = self._draw(shardings)
+        fresh = self._draw_parameters(shardings)
         if self._start is None or self.part not in self._start.modules:
             return fresh
         given = self._adjust(parameters(self._start.modules[self.part]), fresh)
@@ -61,7 +61,7 @@ class Task(abc.ABC):
         given = {name: x.astype(fresh[name].dtype) for name, x in given.items()}
         return jax.device_put(self._continue(fresh, given), dict(shardings))
 
-    def _draw(self, shardings: Mapping[str, Sharding]) -> Params:
+    def _draw_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
         return draw_parameters(self.description, self.seed, shardings)
 
     def _adjust(self, given: Params, fresh: Params) -> Params:
@@ -74,6 +74,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def encode(self, clip: Clip) -> Examples:
         """Turn a batch of clips into examples on the device."""
+
+    def mix(self, examples: Examples, step: Int32[Array, ""]) -> Examples:
+        """Let the clips of a batch exchange something, while it is whole."""
+        return examples
 
     @abc.abstractmethod
     def loss(

@@ -151,9 +151,9 @@ class CityRAG(Task):
                 f"needs {wanted} (noise, mask, first image) and {z}."
             )
 
-    def _draw(self, shardings):
+    def _draw_parameters(self, shardings):
         """Leave at zero what a single row of text does not use: it takes no space."""
-        fresh = super()._draw(shardings)
+        fresh = super()._draw_parameters(shardings)
         if self._text.shape[0] > 1:
             return fresh
         unused = ("blocks.cross_attention.q.kernel", "blocks.cross_attention.k.kernel")
@@ -175,17 +175,26 @@ class CityRAG(Task):
         """Encode target, first image and condition video with the frozen encoders."""
         return self._encode(self._encoders, clip, self._text)
 
+    def mix(self, examples, step):
+        """Show some clips the retrieved video of the clip before them in the batch."""
+        if not self.mismatch:
+            return examples
+        _, drawn = self._draw(examples["clip_id"], step)
+        return swap_conditions(examples, drawn[:, 2] < self.mismatch)
+
     def loss(self, params, examples, step):
         """Flow-matching loss at one noise level for each clip."""
+        key, drawn = self._draw(examples["clip_id"], step)
+        keep = (drawn[:, :2] >= self.drop).astype(jnp.float32)
+        value, _ = self._flow_loss(params, examples, key, keep[:, 0], keep[:, 1])
+        return value, {}
+
+    def _draw(self, clip_id, step):
+        """Give the key of noise and levels, and three uniform numbers for each clip."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         flow_key, drop_key = jax.random.split(key)
-        drop_keys = flow.clip_keys(drop_key, examples["clip_id"])
-        drawn = jax.vmap(lambda k: jax.random.uniform(k, (3,)))(drop_keys)
-        keep = (drawn[:, :2] >= self.drop).astype(jnp.float32)
-        if self.mismatch:
-            examples = swap_conditions(examples, drawn[:, 2] < self.mismatch)
-        value, _ = self._flow_loss(params, examples, flow_key, keep[:, 0], keep[:, 1])
-        return value, {}
+        drop_keys = flow.clip_keys(drop_key, clip_id)
+        return flow_key, jax.vmap(lambda k: jax.random.uniform(k, (3,)))(drop_keys)
 
     def held_out_losses(self, params, examples):
         """Mean over `eval.draws` fixed draws for each clip, nothing dropped.
