@@ -1,4 +1,4 @@
-"""The fused attention for TPUs compiles at full size, without a TPU.
+"""For TPUs, without one: fused attention compiles at full size, a mesh fits the torus.
 
 libtpu compiles ahead of time for chips that are not there. It wants a process of its
 own, which is this file run as a script. `make` installs it aside, in the environment's
@@ -19,25 +19,22 @@ VIDEO, GEO, TEXT, IMAGE = 29_640, 32_760, 512, 257  # tokens of 73 and 81 frames
 GIB = 2**30
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"),
-    reason="libtpu is built for Linux on x86-64 alone",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        (sys.platform, platform.machine()) != ("linux", "x86_64"),
+        reason="libtpu is built for Linux on x86-64 alone",
+    ),
+]
+
+
 def test_splash_attention_compiles_at_full_length_for_eight_chips():
     """Self-, geo- (with a length), text and image attention, forward and backward.
 
     One kernel an attention forward; backward the forward one again and one more.
     """
-    done = subprocess.run(
-        [sys.executable, __file__, TARGET],
-        env=own_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = run_alone(TARGET)
     print(json.dumps(report))
     forward, backward = report["forward"], report["backward"]
     assert report["chips"] == 8
@@ -47,6 +44,23 @@ def test_splash_attention_compiles_at_full_length_for_eight_chips():
     # fused backward kernel keeps dq for each of 32 blocks of keys: 1.1 (found: 1.7).
     assert forward["temporary_gib"] < 0.5
     assert backward["temporary_gib"] < 2.5
+
+
+def test_neighbours_on_a_mesh_are_neighbours_on_the_torus():
+    """In the order of their numbers those along `fsdp` are three links apart."""
+    assert run_alone("v5p:4x4x4", "links") == [1, 1, 1]
+
+
+def run_alone(*arguments):
+    """Run this file as a script; give what it prints."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env=own_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def own_environment():
@@ -129,5 +143,26 @@ def main(target):
     print(json.dumps(report))
 
 
+def count_links(target):
+    """Print the mean number of links between neighbours along every axis of a mesh."""
+    import numpy as np
+    from jax.experimental import topologies
+
+    from cityrag_jax.parallel import make_mesh
+
+    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=target)
+    mesh = make_mesh(4, 4, 4, slice_.devices)
+    places = np.array([[chip.coords] for chip in mesh.devices.ravel()])
+    places = places.reshape(*mesh.devices.shape, 3)
+    links = []
+    for axis in range(3):
+        apart = np.abs(places - np.roll(places, 1, axis))
+        links.append(np.minimum(apart, 4 - apart).sum(-1).mean())  # a ring of four
+    print(json.dumps(links))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if "links" in sys.argv:
+        count_links(sys.argv[1])
+    else:
+        main(sys.argv[1])
