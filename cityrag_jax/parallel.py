@@ -1,14 +1,16 @@
-"""The device mesh, the table from logical axes to mesh axes, and Ulysses' exchange.
+"""The device mesh, the rules from logical axes to mesh axes, and Ulysses' exchange.
 
 Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters, `sequence`
 splits tokens. Models name logical axes; only this file knows the mesh. Without a mesh
-in context (`jax.set_mesh`) every function here is the identity on one device.
+in context (`layout` or `jax.set_mesh`) every function here is the identity on one
+device.
 
 Sequence exchange after DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -23,15 +26,36 @@ from jaxtyping import Array, Float, Int, PyTree
 MESH_AXES = ("data", "fsdp", "sequence")
 KEPT = Path("cityrag_jax", "xla")  # compiled programs, in the user's cache folder
 
-# Logical axis -> mesh axes. An axis that does not divide its dimension is dropped.
-RULES: dict[str, tuple[str, ...]] = {
+Rules = Mapping[str, Sequence[str]]  # logical axis -> mesh axes
+
+# A dimension that its mesh axes do not divide is left whole. `heads` and `mlp` are the
+# other sides of the kernels that have `embed` on one.
+RULES: Rules = {
     "batch": ("data", "fsdp"),
     "tokens": ("sequence",),
     "embed": ("fsdp",),
-    "layers": ("fsdp", "sequence"),
+    "heads": (),
+    "mlp": (),
 }
+# Part of the key of every traced program, as the mesh is.
+_rules = jax.make_user_context(tuple(RULES.items()))
 
 Attention = Callable[..., Float[Array, "B L N K"]]
+
+
+def fill_mesh(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Replace the one size that may be -1 so that the product is `count` devices."""
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    rest = int(np.prod([size for size in sizes.values() if size != -1]))
+    if not open_axes:
+        return dict(sizes)
+    if len(open_axes) > 1 or rest < 1 or count % rest:
+        shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"Mesh {shown} cannot be filled from {count} devices; give one -1, and "
+            f"sizes of 1 or more whose product divides {count}."
+        )
+    return dict(sizes) | {open_axes[0]: count // rest}
 
 
 def make_mesh(
@@ -40,28 +64,79 @@ def make_mesh(
     sequence: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Build the mesh from its three sizes; their product must be the device count."""
+    """Build the mesh from its three sizes; their product must be the device count.
+
+    One of them may be -1: what remains. On TPUs devices stand so that the axes lie
+    along the links of the torus, elsewhere in the order of their numbers, which is that
+    of the processes.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    shape = (data, fsdp, sequence)
+    given = dict(zip(MESH_AXES, (data, fsdp, sequence), strict=True))
+    shape = tuple(fill_mesh(given, len(devices)).values())
     if np.prod(shape) != len(devices):
         raise ValueError(
             f"Mesh data x fsdp x sequence = {data} x {fsdp} x {sequence} needs "
             f"{np.prod(shape)} devices, there are {len(devices)}; change the mesh."
         )
-    return Mesh(
-        np.asarray(devices).reshape(shape),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(shape),
-    )
+    placed = np.asarray(devices).reshape(shape)
+    if devices[0].platform == "tpu" and len(devices) > 1:
+        placed = mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+@contextlib.contextmanager
+def layout(mesh: Mesh | None, rules: Rules | None = None) -> Iterator[None]:
+    """Context: everything lies on `mesh` as `rules` say, which replace their defaults.
+
+    Without a mesh, one device has everything. Raises ValueError as `check_rules`.
+    """
+    check_rules(rules or {})
+    chosen = {name: tuple(axes) for name, axes in {**RULES, **(rules or {})}.items()}
+    on_mesh = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with on_mesh, _rules(tuple(chosen.items())):
+        yield
+
+
+def check_rules(rules: Rules) -> None:
+    """Raise ValueError for rules that name no axis, or that no program can follow."""
+    unknown = sorted(set(rules) - set(RULES))
+    unknown += sorted({n for axes in rules.values() for n in axes} - set(MESH_AXES))
+    if unknown:
+        raise ValueError(
+            f"Rules name {', '.join(unknown)}; they lead from {', '.join(RULES)} to "
+            f"{', '.join(MESH_AXES)}."
+        )
+    full = {**RULES, **rules}
+    if tuple(full["tokens"]) != ("sequence",) or "sequence" in full["batch"]:
+        raise ValueError(
+            f"Rules split batch over {full['batch']} and tokens over "
+            f"{full['tokens']}; heads are exchanged for tokens over sequence, so that "
+            "tokens need ('sequence',) and batches the other axes."
+        )
+    twice = set(full["embed"]) & {*full["heads"], *full["mlp"]}
+    if twice:
+        raise ValueError(
+            f"Rules split both sides of a kernel over {', '.join(sorted(twice))}: "
+            f"embed over {full['embed']}, heads over {full['heads']}, mlp over "
+            f"{full['mlp']}; choose different axes."
+        )
+
+
+def batch_axes() -> tuple[str, ...]:
+    """Give the mesh axes that split a batch, in order."""
+    return dict(_rules.value)["batch"]
 
 
 def partition(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
     """Map logical axes of an array to mesh axes of the current mesh that divide it."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    rules = dict(_rules.value)
     entries = []
     for size, axis in zip(shape, axes, strict=True):
-        names = tuple(n for n in RULES.get(axis or "", ()) if sizes.get(n, 1) > 1)
+        names = tuple(n for n in rules.get(axis or "", ()) if sizes.get(n, 1) > 1)
         divides = names and size % int(np.prod([sizes[n] for n in names])) == 0
         entries.append(names if divides else None)
     return PartitionSpec(*entries)

@@ -14,7 +14,6 @@ happened. DIR will hold:
     model/           the finished model, for generate and evaluate
 """
 
-import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -39,10 +38,11 @@ from cityrag_jax.checkpoint import (
     save_frozen,
     stacked_parameters,
 )
-from cityrag_jax.parallel import keep_compilations, loading_dtype, make_mesh
+from cityrag_jax.parallel import keep_compilations, layout, loading_dtype
 from cityrag_jax.training.checks import (
     check_config,
     claim_workdir,
+    training_mesh,
 )
 from cityrag_jax.training.examples import (
     Pool,
@@ -82,9 +82,8 @@ def train(config: ConfigDict, workdir: Path | str) -> Path:
     check_config(config)
     sources = open_cities(config.data.city)
     claim_workdir(workdir, config)
-    sizes = dict(config.train.mesh)
-    mesh = make_mesh(**sizes) if np.prod(list(sizes.values())) > 1 else None
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    mesh = training_mesh(config)
+    with layout(mesh, dict(config.train.rules)):
         with TrainingCheckpoints(
             workdir / "checkpoints", keep=config.train.keep, writable=True
         ) as checkpoints:

@@ -4,9 +4,9 @@
         --config.train.init_from=CONVERTED --config.data.city=DIR --workdir=DIR
 
 73 frames of 832x480, Muon at a fixed 1e-5 with warm-up, 20,000 updates; the paper used
-32 A100. The mesh is meant for 64 devices: 8 ways to shard parameters and batch, 8 ways
-to share a clip's tokens. Not trained by us yet. CONVERTED is a folder made by
-tools/convert_wan.py; its CLIP tower sees the first image.
+32 A100. The mesh is meant for 64 devices: 8 ways to share a clip's tokens, the rest
+splits the batch, all of them split parameters. Not trained by us yet. CONVERTED is a
+folder made by tools/convert_wan.py; its CLIP tower sees the first image.
 
 Text cross-attention is frozen as the paper says; its image twin and the embedders of
 text and image too (*assumed*). Batch and warm-up are *assumed*.
@@ -84,7 +84,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train.max_seconds = 0.0
     config.train.init_from = ""
     config.train.init_fitting = False  # take of it what has the same shape
-    config.train.mesh = ConfigDict(dict(data=1, fsdp=8, sequence=8))
+    config.train.mesh = ConfigDict(dict(data=1, fsdp=-1, sequence=8))
+    config.train.rules = ConfigDict(dict(embed=("fsdp", "sequence"), heads=(), mlp=()))
     config.train.log_interval = 10
     config.train.checkpoint_interval = 500
     config.train.keep = 3

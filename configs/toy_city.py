@@ -98,6 +98,7 @@ def _gpu() -> ConfigDict:
     config.train.init_from = ""
     config.train.init_fitting = False  # take of it what has the same shape
     config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
+    config.train.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.train.log_interval = 500
     config.train.checkpoint_interval = 5000
     config.train.keep = 2

@@ -15,6 +15,8 @@ from cityrag_jax.model.attention import attend
 from cityrag_jax.model.layers import Linear
 from cityrag_jax.parallel import (
     exchange_heads,
+    fill_mesh,
+    layout,
     make_mesh,
     param_shardings,
     partition,
@@ -37,6 +39,14 @@ def random_qkv(batch=8, queries=16, keys=24, heads=8, width=4):
 def test_mesh_of_another_size_than_the_devices_is_refused():
     with pytest.raises(ValueError, match="2 x 2 x 1 needs 4 devices, there are 8"):
         make_mesh(2, 2, 1)
+
+
+def test_one_size_of_a_mesh_may_be_what_remains():
+    assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "sequence": 2}
+    assert fill_mesh({"data": 1, "fsdp": -1}, 1) == {"data": 1, "fsdp": 1}
+    for sizes in ({"data": -1, "fsdp": -1}, {"data": 3, "fsdp": -1}):
+        with pytest.raises(ValueError, match="cannot be filled from 8 devices"):
+            fill_mesh(sizes, 8)
 
 
 def test_without_a_mesh_nothing_is_sharded():
@@ -67,6 +77,45 @@ def test_parameters_split_over_fsdp_and_never_over_layers():
     placed = jax.device_put(params, param_shardings(params, mesh))
     assert placed["kernel"].get_value().sharding.spec == P(None, ("fsdp",), None)
     assert placed["bias"].get_value().sharding.is_fully_replicated
+
+
+def test_rules_are_a_value_that_compiled_programs_depend_on():
+    """A program traced under other rules is not taken for this one."""
+    traced = []
+
+    @jax.jit
+    def place(x):
+        traced.append(partition(x.shape, ("embed", "mlp")))
+        return x
+
+    x, wide = jnp.ones((8, 8)), {"embed": ("fsdp", "sequence")}
+    mesh = make_mesh(2, 2, 2)
+    for rules in (None, wide, {"embed": (), "mlp": ("sequence",)}, None, wide):
+        with layout(mesh, rules):
+            place(x)
+    assert traced == [
+        P(("fsdp",), None),
+        P(("fsdp", "sequence"), None),
+        P(None, ("sequence",)),
+    ]
+    with layout(None, wide):
+        assert jax.sharding.get_abstract_mesh().empty
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ({"embd": ("fsdp",)}, "Rules name embd; they lead from batch"),
+        ({"embed": ("model",)}, "Rules name model"),
+        ({"tokens": ()}, "tokens need"),
+        ({"batch": ("data", "sequence")}, "batches the other axes"),
+        ({"mlp": ("fsdp",)}, "both sides of a kernel over fsdp"),
+    ],
+)
+def test_rules_that_no_program_can_follow_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        with layout(None, rules):
+            pass
 
 
 @pytest.mark.parametrize("sizes", MESHES)

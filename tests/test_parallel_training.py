@@ -16,7 +16,7 @@ from cityrag_jax.checkpoint import (
     parameters,
 )
 from cityrag_jax.model.vae import VAEConfig, WanVAE
-from cityrag_jax.parallel import make_mesh
+from cityrag_jax.parallel import layout, make_mesh
 from cityrag_jax.training.optimizer import (
     OptimizerConfig,
     label_parameters,
@@ -142,14 +142,27 @@ def test_every_parameter_has_a_gradient(expected):
     assert not [n for n, g in expected[1].items() if not np.any(g)]
 
 
+OVER_FSDP = ("fsdp",)
+OVER_BOTH = ("fsdp", "sequence")
+
+
 @pytest.mark.parametrize(
-    "sizes, parts",
-    [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 1, 8), 1), ((2, 2, 2), 1), ((2, 2, 2), 2)],
+    "sizes, embed, parts",
+    [
+        ((8, 1, 1), OVER_FSDP, 1),
+        ((1, 8, 1), OVER_FSDP, 1),
+        ((1, 1, 8), OVER_FSDP, 1),
+        ((1, 1, 8), OVER_BOTH, 1),
+        ((2, 2, 2), OVER_FSDP, 1),
+        ((2, 2, 2), OVER_BOTH, 2),
+    ],
 )
-def test_a_mesh_equals_one_device(task, params, examples, expected, sizes, parts):
+def test_a_mesh_equals_one_device(
+    task, params, examples, expected, sizes, embed, parts
+):
     """Float32: 1e-6 leaves room for another order of sums (measured 2e-7)."""
     mesh = make_mesh(*sizes)
-    with jax.set_mesh(mesh):
+    with layout(mesh, {"embed": embed}):
         loss, gradients, change, state = _update(task, params, examples, mesh, parts)
     assert abs(float(loss) - expected[0]) <= 1e-6 * expected[0]
     assert _distance(gradients, expected[1]) <= 1e-6
@@ -157,4 +170,5 @@ def test_a_mesh_equals_one_device(task, params, examples, expected, sizes, parts
     kernel = "blocks.ffn.fc1.kernel"
     for tree in (gradients, state.params, state.ema):
         shard = tree[kernel].addressable_shards[0].data
-        assert shard.size == tree[kernel].size // sizes[1]
+        ways = np.prod([mesh.shape[name] for name in embed])
+        assert shard.size == tree[kernel].size // ways

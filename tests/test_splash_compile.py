@@ -1,4 +1,4 @@
-"""The fused attention for TPUs compiles at full size, without a TPU.
+"""For TPUs, without one: fused attention compiles at full size, a mesh fits the torus.
 
 libtpu compiles ahead of time for chips that are not there. It wants a process of its
 own, which is this file run as a script. `make` installs it aside, in the environment's
@@ -71,6 +71,13 @@ def compile_aside(what, target):
     report = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(report))
     return report
+
+
+@pytest.mark.long
+@needs_libtpu
+def test_neighbours_on_a_mesh_are_neighbours_on_the_torus():
+    """In the order of their numbers those along `fsdp` are three links apart."""
+    assert compile_aside("links", "v5p:4x4x4") == [1, 1, 1]
 
 
 def own_environment():
@@ -212,11 +219,31 @@ def report_gradient(devices):
         return {"chips": mesh.size} | compile_and_measure(gradient, arguments)
 
 
+def report_links(devices):
+    """Give the mean number of links between neighbours along every axis of a mesh."""
+    import numpy as np
+
+    from cityrag_jax.parallel import make_mesh
+
+    mesh = make_mesh(4, 4, 4, devices)
+    places = np.array([[chip.coords] for chip in mesh.devices.ravel()])
+    places = places.reshape(*mesh.devices.shape, 3)
+    links = []
+    for axis in range(3):
+        apart = np.abs(places - np.roll(places, 1, axis))
+        links.append(np.minimum(apart, 4 - apart).sum(-1).mean())  # a ring of four
+    return links
+
+
 def main(what, target):
     from jax.experimental import topologies
 
     slice_ = topologies.get_topology_desc(platform="tpu", topology_name=target)
-    reports = {"attention": report_attention, "gradient": report_gradient}
+    reports = {
+        "attention": report_attention,
+        "gradient": report_gradient,
+        "links": report_links,
+    }
     print(json.dumps(reports[what](slice_.devices)))
 
 

@@ -141,8 +141,10 @@ def test_a_mesh_trains_as_one_device_does_and_another_goes_on(folder, config):
     """Through the door, its autoencoder read from a folder; 1e-6 as other meshes."""
     losses = {}
 
-    def run(name, sizes):
-        trainer.train(_on_mesh(config, sizes), folder / name)
+    def run(name, sizes, embed=("fsdp",)):
+        changed = _on_mesh(config, sizes)
+        changed.train.rules.embed = embed
+        trainer.train(changed, folder / name)
         lines = read_metrics(folder / name)
         losses[name] = [line["loss"] for line in lines if "loss" in line]
 
@@ -153,7 +155,7 @@ def test_a_mesh_trains_as_one_device_does_and_another_goes_on(folder, config):
     shutil.copytree(folder / "all", folder / "moved")
     shutil.rmtree(folder / "moved" / "model")
     shutil.rmtree(folder / "moved" / "checkpoints" / "4")
-    run("moved", (1, 4, 2))
+    run("moved", (1, -1, 2), embed=("fsdp", "sequence"))
     for name, values in losses.items():
         assert len(values) == 4
         np.testing.assert_allclose(values, losses["one"], rtol=1e-6, err_msg=name)
@@ -628,6 +630,8 @@ def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
     "changes, message",
     [
         (dict(train__mesh__data=3), "train.mesh"),
+        (dict(train__mesh__data=-1, train__mesh__fsdp=3), "cannot be filled from 8"),
+        (dict(train__rules__embed=("model",)), "train.rules: Rules name model"),
         (dict(train__mesh__sequence=8, model__transformer__num_heads=4), "4 heads"),
         (dict(train__mesh__data=8), "batch_size 4 does not divide"),
         (dict(train__mesh__data=8), "together, 4 does not divide"),

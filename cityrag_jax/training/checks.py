@@ -6,17 +6,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import latent_shape
+from cityrag_jax.parallel import RULES, check_rules, fill_mesh, make_mesh
 from cityrag_jax.training.examples import clips_at_once
 from cityrag_jax.training.tasks import describe_model
 
 # What a training that goes on may change: machines, limits, what is shown of it. Keys
 # that begin so.
 FREE_KEYS = (
-    *("train.mesh.", "train.max_seconds", "train.log_interval", "train.keep"),
-    *("train.tensorboard", "train.micro_batches", "data.threads", "data.workers"),
+    *("train.mesh.", "train.rules.", "train.max_seconds", "train.log_interval"),
+    *("train.keep", "train.tensorboard", "train.micro_batches"),
+    *("data.threads", "data.workers"),
     *("eval.table_clips", "eval.batch_size", "eval.noise_levels", "sample."),
 )
 
@@ -30,7 +33,12 @@ def check_config(config: ConfigDict) -> None:
             problems.append(message)
 
     t, data = config.train, config.data
-    mesh = dict(t.mesh)
+    devices = jax.device_count()
+    try:
+        mesh = fill_mesh(dict(t.mesh), devices)
+        check_rules(dict(t.rules))
+    except ValueError as error:
+        raise ValueError(_joined([f"train.mesh, train.rules: {error}"])) from error
     sizes = {f"train.mesh.{name}": size for name, size in mesh.items()}
     names = ("steps", "batch_size", "encode_batch", "updates_per_call", "keep")
     names += ("micro_batches", "log_interval", "checkpoint_interval", "patience")
@@ -40,14 +48,14 @@ def check_config(config: ConfigDict) -> None:
         require(size >= 1, f"{name} is {size}; it must be 1 or more.")
     if problems:  # the rest divides by them
         raise ValueError(_joined(problems))
-    devices = jax.device_count()
     count = int(np.prod(list(mesh.values())))
     require(
         count in (1, devices),
         f"train.mesh {mesh} has {count} places for {devices} devices; its product must "
-        f"be {devices}, or 1 to use one device.",
+        f"be {devices} (a size of -1 is what remains), or 1 to use one device.",
     )
-    ways = mesh["data"] * mesh["fsdp"]
+    over = {**RULES, **dict(t.rules)}["batch"]
+    ways = int(np.prod([mesh[name] for name in over]))
     together = clips_at_once(config)
     shared = {"eval.clips, encoded together,": together}
     if t.pool:
@@ -55,12 +63,12 @@ def check_config(config: ConfigDict) -> None:
     for name, size in shared.items():
         require(
             size % ways == 0,
-            f"{name} {size} does not divide over data x fsdp = {ways}.",
+            f"{name} {size} does not divide over {' x '.join(over)} = {ways}.",
         )
     require(
         t.batch_size % (t.micro_batches * ways) == 0,
-        f"train.batch_size {t.batch_size} does not divide over micro_batches x data x "
-        f"fsdp = {t.micro_batches * ways}.",
+        f"train.batch_size {t.batch_size} does not divide over micro_batches x "
+        f"{' x '.join(over)} = {t.micro_batches * ways}.",
     )
     require(
         config.eval.clips % together == 0,
@@ -88,6 +96,12 @@ def check_config(config: ConfigDict) -> None:
         problems.append(f"data: {error}")
     if problems:
         raise ValueError(_joined(problems))
+
+
+def training_mesh(config: ConfigDict) -> Mesh | None:
+    """Build the mesh of a config that was checked; None to train on one device."""
+    sizes = fill_mesh(dict(config.train.mesh), jax.device_count())
+    return make_mesh(**sizes) if np.prod(list(sizes.values())) > 1 else None
 
 
 def _joined(problems: list[str]) -> str:

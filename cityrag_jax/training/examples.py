@@ -26,6 +26,7 @@ from cityrag_jax.data.clips import (
 )
 from cityrag_jax.data.pairs import Pairs, load_pairs
 from cityrag_jax.data.store import City
+from cityrag_jax.parallel import batch_axes
 from cityrag_jax.training.task import Examples, Task
 
 Sources = list[tuple[City, Pairs]]
@@ -202,7 +203,7 @@ def place(clip: Clip, mesh: Mesh | None) -> Clip:
     """Put this process's share of a batch on its devices."""
     if mesh is None:
         return clip
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    sharding = NamedSharding(mesh, PartitionSpec(batch_axes()))
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), clip
     )
