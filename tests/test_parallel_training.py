@@ -43,6 +43,7 @@ CONFIG = ConfigDict(
             ),
             pose=dict(hidden=16),
             geo=dict(same_place_bias=1.0),
+            adapters=dict(linears=()),
             vae="",
             text="constant",
         ),
