@@ -64,6 +64,7 @@ def _gpu() -> ConfigDict:
     config.model.pose = ConfigDict(dict(hidden=128))
     config.model.geo = ConfigDict(dict(latent_channels=16, same_place_bias=1.0))
     config.model.vae = ""  # a folder; empty: that of train.init_from
+    config.model.vae_dtype = ""  # of its arithmetic; empty: as stored
     config.model.text = "constant"
 
     config.optimizer = ConfigDict()
