@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip, Conditions
-from cityrag_jax.checkpoint import latest_model
+from cityrag_jax.checkpoint import computing_in, latest_model
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
 from cityrag_jax.encode import encode_target
@@ -191,9 +191,9 @@ def evaluate(
     began = time.monotonic()
     table = Table(report.open_folder(out), config.eval.table_clips)
     clips = read_clips(config, open_cities(cities))
-    generator = Generator(
-        latest_model(checkpoint, dtype=loading_dtype()), read_sampler(config.sample)
-    )
+    bundle = latest_model(checkpoint, dtype=loading_dtype())
+    bundle = computing_in(bundle, "vae", config.model.vae_dtype)
+    generator = Generator(bundle, read_sampler(config.sample))
     bar = tqdm.tqdm(clips, desc="scoring", unit="batch", dynamic_ncols=True)
     for number, batch in enumerate(bar):
         examples = {}

@@ -23,7 +23,7 @@ from jaxtyping import Float32, Float64, UInt8
 from ml_collections import ConfigDict, config_flags
 
 from cityrag_jax import report
-from cityrag_jax.checkpoint import Bundle, latest_model
+from cityrag_jax.checkpoint import Bundle, computing_in, latest_model
 from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, write_image, write_video
@@ -114,6 +114,7 @@ def generate(
     limits = dict(radius_m=float(config.sample.radius_m))
     retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
     bundle = latest_model(checkpoint, dtype=loading_dtype())
+    bundle = computing_in(bundle, "vae", config.model.vae_dtype)
     if text is not None:
         bundle = with_text(bundle, text)
     return rollout(

@@ -66,6 +66,7 @@ def _gpu() -> ConfigDict:
     # LoRA: patterns such as "blocks.self_attention.*"; freeze their base beside it.
     config.model.adapters = ConfigDict(dict(linears=(), rank=32, alpha=32.0))
     config.model.vae = ""  # a folder; empty: that of train.init_from
+    config.model.vae_dtype = ""  # of its arithmetic; empty: as stored
     config.model.text = "constant"
 
     config.optimizer = ConfigDict()

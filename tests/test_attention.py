@@ -105,10 +105,11 @@ def test_odd_counts_are_padded_for_cudnn_and_masked(monkeypatch, rng):
     """cuDNN trains even counts only; Wan has 257 image rows, the toy one text row."""
     kernel = jax.nn.dot_product_attention
 
-    def exact(q, k, v, *, key_value_seq_lengths, implementation):
+    def exact(q, k, v, *, scale, key_value_seq_lengths, implementation):
         assert q.shape[1] % 2 == k.shape[1] % 2 == 0 and implementation == "cudnn"
         lengths = key_value_seq_lengths
-        return kernel(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+        kinds = dict(scale=scale, implementation="xla")
+        return kernel(q, k, v, key_value_seq_lengths=lengths, **kinds)
 
     monkeypatch.setattr("cityrag_jax.parallel.platform", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", exact)
@@ -117,9 +118,15 @@ def test_odd_counts_are_padded_for_cudnn_and_masked(monkeypatch, rng):
             jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.bfloat16)
             for n in (queries, keys, keys)
         )
-        expected = _plain(q, k, v, None)
+        expected = _plain(q, k, v, None, 8**-0.5)
         np.testing.assert_allclose(
             attend(q, k, v).astype(jnp.float32),
             expected.astype(jnp.float32),
             atol=0.02,  # bfloat16 has eight bits
         )
+
+
+def test_a_scale_that_is_in_the_queries_is_not_applied_again(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 6, 3, 8)), jnp.float32) for _ in "qkv")
+    scaled = attend(q * 8**-0.5, k, v, scale=1.0)
+    np.testing.assert_allclose(scaled, attend(q, k, v), atol=1e-6)

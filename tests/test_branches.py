@@ -160,6 +160,25 @@ def test_copying_from_the_base_takes_its_attention_and_noise_channels():
     )
 
 
+@pytest.mark.parametrize("output, scale", [("copy", 1), ("scaled_copy", 0.1)])
+def test_a_branch_may_start_with_the_output_projections_of_the_base(output, scale):
+    base = WanDiT(TINY, rngs=nnx.Rngs(0))
+    source = base.blocks.self_attention.o
+    source.bias.set_value(jnp.ones_like(source.bias.get_value()))
+    branch = GeoBranch(TINY, output=output, rngs=nnx.Rngs(1))
+    assert not branch.layers.attention.o.kernel.get_value().any()  # before the base
+    copy_from_base(branch, base)
+    for name in ("kernel", "bias"):
+        target = getattr(branch.layers.attention.o, name).get_value()
+        expected = scale * getattr(source, name).get_value()
+        np.testing.assert_array_equal(target, expected)
+
+
+def test_another_start_of_the_output_projections_is_refused():
+    with pytest.raises(ValueError, match="'one'; choose of .*scaled_copy"):
+        GeoBranch(TINY, output="one", rngs=nnx.Rngs(1))
+
+
 def train_on(content_of, steps: int = 400) -> tuple[float, float]:
     """Train on random content that stands only in a condition; first and last loss."""
     graph, params = nnx.split(make_model())

@@ -14,6 +14,7 @@ from cityrag_jax.checkpoint import (
     Bundle,
     TrainingCheckpoints,
     abstract_model,
+    computing_in,
     describe,
     latest_model,
     load_bundle,
@@ -238,6 +239,22 @@ def test_a_module_is_read_when_it_is_first_asked_for(model, tmp_path):
     assert joined["transformer"] is bundle.modules["transformer"]
     with pytest.raises(ValueError, match="missing in the checkpoint"):
         bundle.modules["vae"]
+
+
+def test_a_network_may_compute_in_another_type_than_it_was_described_with(model):
+    """Its parameters stay, and nothing is read before it is asked for."""
+    given = Bundle({"transformer": model}, {"transformer": DESCRIPTION})
+    assert computing_in(given, "transformer", "") is given
+    changed = computing_in(given, "transformer", "bfloat16")
+    made = changed.modules["transformer"]
+    assert made.blocks.ffn.fc1.dtype == jnp.bfloat16
+    assert made.head.linear.dtype == jnp.float32  # as in any transformer
+    kept = parameters(model)
+    for name, value in parameters(made).items():
+        assert value is kept[name]
+    assert changed.descriptions["transformer"]["config"]["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="'half'; choose float32 or bfloat16"):
+        computing_in(given, "vae", "half")
 
 
 def test_the_documented_example_runs(model, tmp_path, capsys):

@@ -50,7 +50,8 @@ def result_and_gradients(kernel, q, k, v, cotangent, lengths):
 
     @jax.jit
     def run(q, k, v):
-        out, pull_back = jax.vjp(lambda *qkv: kernel(*qkv, lengths), q, k, v)
+        scale = WIDTH**-0.5
+        out, pull_back = jax.vjp(lambda *qkv: kernel(*qkv, lengths, scale), q, k, v)
         return out, *pull_back(cotangent)
 
     return [np.asarray(x, np.float32) for x in run(q, k, v)]

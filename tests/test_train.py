@@ -431,6 +431,16 @@ def _task(config):
     return make_task(config, read_start(config))
 
 
+def test_the_type_of_the_autoencoder_is_a_key_and_stays_with_the_model(config):
+    """`base/` describes it so, which is what a finished model is sampled by."""
+    changed = config.copy_and_resolve_references()
+    changed.model.vae_dtype = "bfloat16"
+    for given, dtype in ((config, "float32"), (changed, "bfloat16")):
+        base = make_task(given, read_start(given)).base
+        assert base.descriptions["vae"]["config"]["dtype"] == dtype
+        assert jnp.dtype(base.modules["vae"].quant_conv.dtype) == dtype
+
+
 def test_the_loss_of_a_clip_does_not_depend_on_its_batch(config):
     """Noise, time and drops follow the clip: order and company change nothing."""
     task = _task(config)

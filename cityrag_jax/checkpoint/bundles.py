@@ -93,6 +93,32 @@ class Bundle:
     licence: str = ""
 
 
+def computing_in(bundle: Bundle, name: str, dtype: str) -> Bundle:
+    """Give the bundle with a network that computes in `dtype`, "" as it is described.
+
+    Its parameters stay what they are. Any type but float32 and bfloat16 is a
+    ValueError.
+    """
+    if not dtype:
+        return bundle
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"The {name} cannot compute in {dtype!r}; choose float32 or bfloat16, or "
+            "nothing for what it is stored with."
+        )
+    told = bundle.descriptions[name]
+    told = told | {"config": told["config"] | {"dtype": dtype}}
+
+    def read():
+        return with_parameters(abstract_model(told), parameters(bundle.modules[name]))
+
+    return dataclasses.replace(
+        bundle,
+        modules=Modules.of(bundle.modules) | Modules({name: read}),
+        descriptions=bundle.descriptions | {name: told},
+    )
+
+
 def save_bundle(
     path: Path | str,
     bundle: Bundle,

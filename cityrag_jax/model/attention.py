@@ -33,24 +33,27 @@ def attend(
     v: Float[Array, "B S N K"],
     kv_length: Int[Array, " B"] | None = None,
     *,
+    scale: float | None = None,
     name: str | None = None,
 ) -> Float[Array, "B L N K"]:
-    """softmax(q k^T / sqrt(K)) v over the first `kv_length` (at least 1) keys.
+    """softmax(scale q k^T) v over the first `kv_length` (at least 1) keys.
 
+    `scale` is 1 / sqrt(K) if it is not given, or 1 where `q` has it in it already.
     `name` is what rematerialisation knows a fused kernel's residuals by.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if parallel.platform() == "gpu" and half:
-        return _cudnn(q, k, v, kv_length, name)
+        return _cudnn(q, k, v, kv_length, scale, name)
     if parallel.platform() == "tpu":
-        return _splash(q, k, v, kv_length, name)
-    return _plain(q, k, v, kv_length)
+        return _splash(q, k, v, kv_length, scale, name)
+    return _plain(q, k, v, kv_length, scale)
 
 
-def _plain(q, k, v, kv_length):
+def _plain(q, k, v, kv_length, scale):
     einsum = partial(jnp.einsum, precision=precision_of(q.dtype))
     logits = einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
+    logits = logits * scale
     if kv_length is not None:
         real = jnp.arange(k.shape[1])[None, :] < kv_length[:, None]
         logits = jnp.where(real[:, None, None, :], logits, -jnp.inf)
@@ -58,7 +61,7 @@ def _plain(q, k, v, kv_length):
     return einsum("BNLS,BSNK->BLNK", weights, v)
 
 
-def _cudnn(q, k, v, kv_length, name=None):
+def _cudnn(q, k, v, kv_length, scale, name=None):
     """Make both counts even, as cuDNN's backward pass wants them (257 image rows)."""
     queries, keys = q.shape[1], k.shape[1]
     if keys % 2:
@@ -71,7 +74,12 @@ def _cudnn(q, k, v, kv_length, name=None):
 
     def kernel(q: Array, k: Array, v: Array, kv_length: Array | None) -> Array:
         return jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=kv_length, implementation="cudnn"
+            q,
+            k,
+            v,
+            scale=scale,
+            key_value_seq_lengths=kv_length,
+            implementation="cudnn",
         )
 
     kernel = kernel if name is None else _name_residuals(kernel, name)
@@ -109,7 +117,7 @@ def _name_residuals(kernel: Callable[..., Array], name: str) -> Callable[..., Ar
     return named
 
 
-def _splash(q, k, v, kv_length, name=None):
+def _splash(q, k, v, kv_length, scale, name=None):
     """Pad queries and keys to whole blocks; segment ids keep the padding out.
 
     The backward pass is one kernel instead of two, for which it keeps a dq for each
@@ -117,7 +125,7 @@ def _splash(q, k, v, kv_length, name=None):
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    batch, queries, heads, width = q.shape
+    batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     padded_q, padded_k = (-(-n // SPLASH_BLOCK) * SPLASH_BLOCK for n in (queries, keys))
 
@@ -147,7 +155,10 @@ def _splash(q, k, v, kv_length, name=None):
         residual_checkpoint_name=name,
     )
     out = jax.vmap(kernel)(
-        pad(q * width**-0.5, padded_q), pad(k, padded_k), pad(v, padded_k), segments
+        pad(q if scale == 1 else q * scale, padded_q),
+        pad(k, padded_k),
+        pad(v, padded_k),
+        segments,
     )
     return rearrange(out[:, :, :queries], "B N L K -> B L N K")
 
@@ -173,6 +184,7 @@ class Attention(nnx.Module):
         self.norm_q = RMSNorm(dim, eps, param_dtype=param_dtype)
         self.norm_k = RMSNorm(dim, eps, param_dtype=param_dtype)
         self.num_heads = num_heads
+        self.head_dim = dim // num_heads
 
     def heads(self, x: Float[Array, "B L D"]) -> Float[Array, "B L N K"]:
         """Split the width into heads."""
@@ -203,10 +215,13 @@ class RotaryAttention(Attention):
         source_angles: Float[Array, "S R 2"],
         source_length: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        q = rotate(self.heads(self.norm_q(self.q(x))), x_angles)
+        # The logits' scale goes into the queries while they are float32: behind that it
+        # would be one more rounding of each, and splash has no other place for it.
+        scale = self.head_dim**-0.5
+        q = rotate(self.heads(self.norm_q(self.q(x))), x_angles * scale)
         k = rotate(self.heads(self.norm_k(self.k(source))), source_angles)
         v = self.heads(self.v(source))
-        kernel = partial(attend, name=self.name)
+        kernel = partial(attend, scale=1.0, name=self.name)
         out = parallel.exchange_heads(kernel, q, k, v, source_length)
         return self.project_out(out)
 

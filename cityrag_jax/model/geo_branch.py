@@ -32,6 +32,10 @@ from cityrag_jax.model.dit import (
 )
 from cityrag_jax.model.layers import LayerNorm, Linear, normalise, rotary_angles
 
+# How the output projections `o` of a branch start that is begun upon a base.
+OUTPUTS = ("zero", "copy", "scaled_copy")
+OUTPUT_SCALE = 0.1  # of a scaled copy (assumed)
+
 
 class GeoLayer(nnx.Module):
     """One block's geo attention and the norm of its keys and values."""
@@ -58,6 +62,14 @@ class GeoBranch(Branch):
     The output projections start at zero, so a new branch changes nothing. For training
     from scratch, `same_place_bias` starts the biases of queries and keys at that value:
     rotary positions then prefer the condition's token at the same place.
+
+    Begun upon a base, `output` says what they start as: "zero" (*assumed*), a "copy" of
+    the block's own (the paper: layers are duplicated) or a "scaled_copy", a tenth of
+    it. Small rates limit what can become of zero. Muon moves a matrix by an RMS of 0.2
+    times the rate: at 1e-5 by 2e-6 an update, by 0.04 in 20,000 that all point one way,
+    by 0.0003 where they point anywhere. A fresh matrix of 5120 (Xavier) has 0.014: from
+    zero that is 7,000 updates one way, or never. A scaled copy has a tenth of it at
+    once, which 700 updates can undo.
     """
 
     condition = "geo"
@@ -68,8 +80,11 @@ class GeoBranch(Branch):
         *,
         latent_channels: int = 16,
         same_place_bias: float = 0.0,
+        output: str = "zero",
         rngs: nnx.Rngs,
     ):
+        if output not in OUTPUTS:
+            raise ValueError(f"model.geo.output is {output!r}; choose of {OUTPUTS}.")
         self.patch_embedding = Linear(
             PATCH * PATCH * latent_channels,
             config.dim,
@@ -86,6 +101,7 @@ class GeoBranch(Branch):
             linear.bias.set_value(jnp.full_like(bias, same_place_bias))
         self.head_dim = config.head_dim
         self.eps = config.eps
+        self.output = output
 
     def prepare(self, conditions: Conditions) -> Prepared:
         """Embed the condition video: tokens, their angles, how many count, `keep`."""
@@ -121,8 +137,9 @@ class GeoBranch(Branch):
 
 
 # What a new branch takes from the base, name by name; the rest stays as it is made:
-# `o` zero, the norm of keys the identity. Of the patch embedding the first rows: those
-# of the noise channels, for a clean latent is what they see as the noise vanishes.
+# the norm of keys the identity, `o` zero if nothing else is chosen. Of the patch
+# embedding the first rows: those of the noise channels, for a clean latent is what they
+# see as the noise vanishes.
 FROM_BASE = {
     f"patch_embedding.{leaf}": f"patch_embedding.{leaf}" for leaf in ("kernel", "bias")
 } | {
@@ -135,8 +152,14 @@ FROM_BASE = {
 
 
 def copy_from_base(branch: GeoBranch, base: WanDiT) -> None:
-    """Start a branch from the base as `FROM_BASE` says."""
+    """Start a branch from the base as `FROM_BASE` and its `output` say."""
     for ours, theirs in FROM_BASE.items():
         target = reduce(getattr, ours.split("."), branch)
         source = reduce(getattr, theirs.split("."), base).get_value()
         target.set_value(jnp.array(source[: target.shape[0]]))
+    if branch.output == "zero":
+        return
+    scale = OUTPUT_SCALE if branch.output == "scaled_copy" else 1
+    ours, theirs = branch.layers.attention.o, base.blocks.self_attention.o
+    for target, source in ((ours.kernel, theirs.kernel), (ours.bias, theirs.bias)):
+        target.set_value(scale * source.get_value())

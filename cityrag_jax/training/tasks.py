@@ -20,6 +20,7 @@ from cityrag_jax.checkpoint import (
     Description,
     Modules,
     abstract_model,
+    computing_in,
     describe,
     latest_model,
     parameters,
@@ -130,7 +131,7 @@ class CityRAG(Task):
                 stream_dtype=config.train.stream_dtype,
             )
         )
-        vae, vae_description = _find_vae(start)
+        vae, vae_description = _find_vae(start, config.model.vae_dtype)
         self._check(vae)
         self._text = _find_text(config.model.text, self._transformer, start)
         self._encoders = {"vae": vae}
@@ -290,10 +291,11 @@ def encode_example(
     return {name: x for name, x in example.items() if x is not None}
 
 
-def _find_vae(start: Bundle | None) -> tuple[WanVAE, Description]:
+def _find_vae(start: Bundle | None, dtype: str) -> tuple[WanVAE, Description]:
     if start is None or "vae" not in start.modules:
         where = start.origin if start else "train.init_from (not given)"
         raise ValueError(f"There is no autoencoder in {where}; {TRAIN_ONE}.")
+    start = computing_in(start, "vae", dtype)
     return start.modules["vae"], start.descriptions["vae"]
 
 
