@@ -14,62 +14,42 @@ happened. DIR will hold:
     model/           the finished model, for generate and evaluate
 """
 
+import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from cityrag_jax.checkpoint import (
-    TrainingCheckpoints,
-    abstract_model,
-    abstract_parameters,
-    load_bundle,
-    load_frozen,
-    parameter_shardings,
-    read_config,
-    save_bundle,
-    save_frozen,
-    stacked_parameters,
-)
+from cityrag_jax.batch import Clip
+from cityrag_jax.checkpoint import TrainingCheckpoints, save_bundle
 from cityrag_jax.parallel import keep_compilations, layout, loading_dtype
-from cityrag_jax.training.checks import (
-    check_config,
-    claim_workdir,
-    training_mesh,
-)
+from cityrag_jax.training.checks import check_config, claim_workdir, training_mesh
 from cityrag_jax.training.examples import (
     Pool,
-    draw_batch,
+    Sources,
     held_out_examples,
     open_cities,
     stream,
 )
 from cityrag_jax.training.log import TrainingLog
-from cityrag_jax.training.optimizer import (
-    OptimizerConfig,
-    label_parameters,
-    make_optimizer,
-    split_frozen,
+from cityrag_jax.training.program import Program, make_program
+from cityrag_jax.training.start import (
+    Values,
+    begin,
+    read_base,
+    read_start,
+    resume,
+    save,
 )
-from cityrag_jax.training.step import (
-    TrainState,
-    check_finite,
-    init_state,
-    make_step,
-    state_shardings,
-)
-from cityrag_jax.training.task import Examples, Task
-from cityrag_jax.training.tasks import make_task, read_start
-
-STATISTICS_BATCHES = 32
-GROUPS = ("params", "ema", "optimizer")
+from cityrag_jax.training.step import TrainState, check_finite
+from cityrag_jax.training.task import Encoders, Examples, Params
 
 
 def train(config: ConfigDict, workdir: Path | str) -> Path:
@@ -87,84 +67,55 @@ def train(config: ConfigDict, workdir: Path | str) -> Path:
         with TrainingCheckpoints(
             workdir / "checkpoints", keep=config.train.keep, writable=True
         ) as checkpoints:
-            return _Training(config, workdir, mesh, sources, checkpoints).run()
+            path = workdir / "model"
+            if config.train.steps in checkpoints.steps and path.exists():
+                print(f"Training has ended before, at step {config.train.steps}.")
+                print(describe_end(config, path))
+                return path
+            program, values = open_program(config, workdir, mesh, checkpoints)
+            return _Training(config, workdir, mesh, sources, checkpoints, program).run(
+                *values
+            )
 
 
+def open_program(
+    config: ConfigDict,
+    workdir: Path,
+    mesh: Mesh | None,
+    checkpoints: TrainingCheckpoints,
+) -> tuple[Program, Values]:
+    """Build the program with its values: new ones, or those of the last checkpoint.
+
+    The start model is not kept: what the training needs of it stands in the values.
+    """
+    make = functools.partial(make_program, config, mesh, encoders_dtype=loading_dtype())
+    if checkpoints.steps:
+        base = read_base(workdir, mesh)
+        program = make(base)
+        return program, resume(program, base, workdir, checkpoints, config.seed)
+    start = read_start(config, mesh)
+    program = make(start)
+    return program, begin(program, start, workdir)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Training:
-    """One process's part in a training: set up in `__init__`, then `run`."""
+    """One process's part in a training."""
 
-    def __init__(self, config, workdir, mesh, sources, checkpoints):
-        self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.sources, self.checkpoints = sources, checkpoints
-        self.task = self._make_task()
-        model = abstract_model(self.task.description)
-        self.stacked = stacked_parameters(model)
-        self.shardings = parameter_shardings(model, mesh)
-        options = OptimizerConfig(**config.optimizer)
-        whole = abstract_parameters(model, self.shardings)
-        self.labels = label_parameters(whole, options.frozen)
-        trained, frozen = split_frozen(whole, self.labels)
-        self.frozen_dtype = read_config(self.task.description).dtype
-        self.abstract_frozen = {
-            name: jax.ShapeDtypeStruct(x.shape, self.frozen_dtype, sharding=x.sharding)
-            for name, x in frozen.items()
-        }
-        steps = config.train.steps
-        self.optimizer = make_optimizer(options, self.labels, steps, self.shardings)
-        abstract = jax.eval_shape(self._init, trained)
-        self.state_shardings = None
-        if mesh is not None:
-            shardings, _ = split_frozen(self.shardings, self.labels)
-            self.state_shardings = state_shardings(
-                abstract, self.optimizer, shardings, mesh
-            )
-        self.abstract = _with_shardings(abstract, self.state_shardings)
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh | None
+    sources: Sources
+    checkpoints: TrainingCheckpoints
+    program: Program
 
-    def _make_task(self) -> Task:
-        """Make the task from the start model, or when resuming from what was kept."""
-        base = self.workdir / "base"
-        if self.checkpoints.steps:
-            kept = load_bundle(base, dtype=loading_dtype(), mesh=self.mesh)
-            return make_task(self.config, kept)
-        task = make_task(self.config, read_start(self.config, self.mesh))
-        save_bundle(base, task.base, overwrite=True)
-        return task
-
-    def _init(self, params: dict[str, Any]) -> TrainState:
-        return init_state(params, self.optimizer, self.config.train.ema_decay)
-
-    def restore(self) -> tuple[TrainState, dict[str, Any]]:
-        """Give the newest checkpoint's state, or a new one, and the frozen."""
-        if not self.checkpoints.steps:
-            params = self.task.initial_parameters(self.shardings)
-            params, frozen = split_frozen(params, self.labels)
-            frozen = {name: x.astype(self.frozen_dtype) for name, x in frozen.items()}
-            save_frozen(self.workdir, frozen, self.stacked)
-            state = jax.jit(self._init, out_shardings=self.state_shardings)(params)
-            return state, frozen
-        wanted = {name: getattr(self.abstract, name) for name in GROUPS}
-        wanted["step"] = {"step": self.abstract.step}
-        groups, notes = self.checkpoints.restore(wanted, self.stacked)
-        if notes["seed"] != self.config.seed:
-            raise ValueError(
-                f"The checkpoint was trained with seed {notes['seed']}, the config has "
-                f"{self.config.seed}; use another workdir."
-            )
-        frozen = load_frozen(self.workdir, self.abstract_frozen, self.stacked)
-        return TrainState(groups.pop("step")["step"], **groups), frozen
-
-    def run(self) -> Path:
-        config, task = self.config, self.task
-        path = self.workdir / "model"
-        if config.train.steps in self.checkpoints.steps and path.exists():
-            print(f"Training has ended before, at step {config.train.steps}.")
-            print(describe_end(config, path))
-            return path
-        state, frozen = self.restore()
+    def run(self, state: TrainState, frozen: Params, encoders: Encoders) -> Path:
+        """Train from the state on, which is taken over; return the model's folder."""
+        config, program = self.config, self.program
         first = int(state.step)
-        held_out = held_out_examples(task, self.sources, config, self.mesh)
-        measure = jax.jit(task.held_out_losses)
-        update, examples = self._make_update(first)
+        encode = functools.partial(program.encode, encoders)
+        held_out = held_out_examples(encode, self.sources, config, self.mesh)
+        batches = self._batches(first, encode)
         log = TrainingLog(
             self.workdir,
             first,
@@ -172,13 +123,20 @@ class _Training:
             max_seconds=config.train.max_seconds,
             tensorboard=config.train.tensorboard,
         )
-        log.say(describe_start(config, self.labels, frozen | state.params, first))
+        log.say(describe_start(config, program, first))
+
+        def measure(state):
+            """Average the held-out losses, of averaged parameters if there are any."""
+            params = frozen | (state.ema or state.params)
+            losses = [program.measure(params, encoders, batch) for batch in held_out]
+            return mean_losses(jax.device_get(losses))
+
         losses, step, clock = _Losses(config.train.patience), first, None
         intervals = config.train
-        held = measure_held_out(measure, state, frozen, held_out)
+        held = measure(state)
         log.write(first, held)
         while step < intervals.steps:
-            state, metrics = update(state, frozen, next(examples))
+            state, metrics = program.update(state, frozen, encoders, next(batches))
             losses.add(step, metrics)
             step += config.train.updates_per_call
             if clock is None:
@@ -186,16 +144,16 @@ class _Training:
                 clock = time.monotonic()
             spent = time.monotonic() - clock
             last = step == intervals.steps or 0 < intervals.max_seconds < spent
-            save = step % intervals.checkpoint_interval == 0 or last
+            due = step % intervals.checkpoint_interval == 0 or last
             evaluate = step % config.eval.interval == 0 or last
-            if step % intervals.log_interval == 0 or save or evaluate:
+            if step % intervals.log_interval == 0 or due or evaluate:
                 report = losses.collect()
                 if evaluate:
-                    held = measure_held_out(measure, state, frozen, held_out)
+                    held = measure(state)
                     report |= held
                 log.report(step, report, spent)
-            if save and losses.healthy:
-                self._save(step, state)
+            if due and losses.healthy:
+                save(program, state, self.checkpoints, step, config.seed)
             if last:
                 break
         log.close()
@@ -203,55 +161,29 @@ class _Training:
             raise FloatingPointError(
                 f"The last updates, up to {step}, were not finite."
             )
-        return self._finish(state, frozen, step, held["held_out"])
-
-    def _make_update(self, first: int):
-        """Give the jitted update and the iterator of what it takes."""
-        config, task = self.config, self.task
-        size = config.train.batch_size
-        mix = task.mix
-        if config.train.pool:
-            examples = Pool(task, self.sources, config, self.mesh, first)
-
-            def mix(pool, step):
-                return task.mix(draw_batch(pool, config.seed, step, size), step)
-        else:
-            clips = stream(self.sources, config, first, self.mesh)
-            examples = (task.encode(clip) for clip in clips)
-        update = make_step(
-            task.loss,
-            self.optimizer,
-            mix=mix,
-            ema_decay=config.train.ema_decay,
-            micro_batches=config.train.micro_batches,
-            updates=config.train.updates_per_call,
-            shardings=self.state_shardings,
-        )
-        return update, examples
-
-    def _save(self, step: int, state: TrainState) -> None:
-        groups = {name: getattr(state, name) for name in GROUPS}
-        notes = {"part": self.task.part, "seed": self.config.seed, "next_batch": step}
-        if step not in self.checkpoints.steps:
-            self.checkpoints.save(
-                step, groups | {"step": {"step": state.step}}, notes, self.stacked
-            )
-
-    def _finish(self, state, frozen, step: int, held_out: float) -> Path:
-        """Write `model/`: averaged parameters if there are any."""
         self.checkpoints.wait()
         params = frozen | (state.ema or state.params)
-        bundle = self.task.finish(params, self._some_examples(step))
-        path = self.workdir / "model"
-        save_bundle(path, bundle, dtype=self.config.train.save_dtype, overwrite=True)
-        print(f"Step {step}, held-out loss {held_out:.4f}.")
-        print(describe_end(self.config, path))
+        path = self._finish(params, encoders)
+        print(f"Step {step}, held-out loss {held['held_out']:.4f}.")
+        print(describe_end(config, path))
         return path
 
-    def _some_examples(self, step: int) -> Iterator[Examples]:
-        clips = stream(self.sources, self.config, 0, self.mesh)
-        for _, clip in zip(range(STATISTICS_BATCHES), clips, strict=False):
-            yield self.task.encode(clip)
+    def _batches(self, first: int, encode) -> Iterator[Clip | Examples]:
+        """Give what the updates take from step `first` on."""
+        config = self.config
+        if config.train.pool:
+            return Pool(encode, self.sources, config, self.mesh, first)
+        return stream(self.sources, config, first, self.mesh)
+
+    def _finish(self, params: Params, encoders: Encoders) -> Path:
+        """Write `model/`."""
+        path, dtype = self.workdir / "model", self.config.train.save_dtype
+        bundle = self.program.task.finish(params, encoders, self._clips())
+        return save_bundle(path, bundle, dtype=dtype, overwrite=True)
+
+    def _clips(self) -> Iterator[Clip]:
+        """Stream training clips, once the first is asked for."""
+        yield from stream(self.sources, self.config, 0, self.mesh)
 
 
 class _Losses:
@@ -287,27 +219,12 @@ class _Losses:
         return mean | {"refused": float(bad.sum())}
 
 
-def measure_held_out(
-    measure, state: TrainState, frozen: dict[str, Any], batches: list[Examples]
-) -> dict[str, float]:
-    """Average the held-out losses of the averaged parameters, if there are any."""
-    params = frozen | (state.ema or state.params)
-    losses = jax.device_get([measure(params, batch) for batch in batches])
+def mean_losses(batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Average the losses of clips over all batches, name by name."""
     return {
-        name: float(np.mean(np.concatenate([loss[name] for loss in losses])))
-        for name in losses[0]
+        name: float(np.mean(np.concatenate([losses[name] for losses in batches])))
+        for name in batches[0]
     }
-
-
-def _with_shardings(abstract: TrainState, shardings: TrainState | None) -> TrainState:
-    if shardings is None:
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: here, abstract)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        shardings,
-    )
 
 
 # --------------------------------------------------------------------------------------
@@ -315,11 +232,11 @@ def _with_shardings(abstract: TrainState, shardings: TrainState | None) -> Train
 # --------------------------------------------------------------------------------------
 
 
-def describe_start(config, labels, params, first: int) -> str:
+def describe_start(config: ConfigDict, program: Program, first: int) -> str:
     """Say what is trained, by what, and from where."""
     sizes = {label: 0 for label in ("muon", "adam", "frozen")}
-    for name, label in labels.items():
-        sizes[label] += int(np.prod(params[name].shape))
+    for name, x in program.parameters.items():
+        sizes[program.labels[name]] += int(np.prod(x.shape))
     total = sum(sizes.values())
     parts = ", ".join(f"{label} {n:,}" for label, n in sizes.items() if n)
     begin = f"going on from step {first}" if first else "from step 0"

@@ -1,6 +1,5 @@
 """The trainer: what it learns, stores, resumes and refuses."""
 
-import importlib.util
 import json
 import shutil
 
@@ -10,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import training_city
-from ml_collections import ConfigDict
+from training_city import get_config
 
 from cityrag_jax import train as trainer
 from cityrag_jax.checkpoint import (
@@ -43,26 +42,9 @@ from cityrag_jax.training.optimizer import (
     split_frozen,
 )
 from cityrag_jax.training.reconstruction import texture_error
+from cityrag_jax.training.start import read_start
 from cityrag_jax.training.step import average, check_finite, init_state, make_step
-from cityrag_jax.training.tasks import (
-    describe_model,
-    make_task,
-    read_start,
-    swap_conditions,
-)
-
-
-def get_config(name: str, variant: str = "test", **changes) -> ConfigDict:
-    path = training_city.ROOT / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant)
-    with config.unlocked():
-        config.update_from_flattened_dict(
-            {key.replace("__", "."): value for key, value in changes.items()}
-        )
-    return config
+from cityrag_jax.training.tasks import describe_model, make_task, swap_conditions
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +328,7 @@ def test_frozen_parameters_stay_bitwise_and_stand_in_no_checkpoint(folder, confi
         assert not [n for n in record[group] if "cross_attention" in n]
     task = _task(changed)
     drawn = task.initial_parameters(
-        parameter_shardings(abstract_model(task.description), None)
+        None, parameter_shardings(abstract_model(task.description), None)
     )
     after = parameters(latest_model(again).modules["transformer"])
     for name, x in after.items():
@@ -393,7 +375,7 @@ def test_what_fits_of_a_start_is_taken_and_the_rest_drawn(folder):
     start = latest_model(folder / "vae")
     task = make_task(config, start)
     shardings = parameter_shardings(abstract_model(task.description), None)
-    made = task.initial_parameters(shardings)
+    made = task.initial_parameters(start, shardings)
     given = parameters(start.modules["vae"])
     new = [name for name, x in made.items() if x.shape != given[name].shape]
     assert new and all("conv" in name for name in new)
@@ -401,7 +383,7 @@ def test_what_fits_of_a_start_is_taken_and_the_rest_drawn(folder):
         np.testing.assert_array_equal(made[name], given[name])
     config.train.init_fitting = False
     with pytest.raises(ValueError, match="init_fitting"):
-        make_task(config, start).initial_parameters(shardings)
+        make_task(config, start).initial_parameters(start, shardings)
 
 
 def test_texture_is_compared_by_amount_not_by_place():
@@ -445,12 +427,17 @@ def test_the_loss_of_a_clip_does_not_depend_on_its_batch(config):
     """Noise, time and drops follow the clip: order and company change nothing."""
     task = _task(config)
     params, examples = _random_parameters(task), _random_examples(4)
-    jitted = jax.jit(lambda e: task.loss(params, e, jnp.int32(3))[0])
+    jitted = jax.jit(lambda e: task.loss(params, _text(task), e, jnp.int32(3))[0])
     loss = lambda e: float(jitted(e))  # noqa: E731
     whole = loss(examples)
     assert loss(_take(examples, [2, 0, 3, 1])) == pytest.approx(whole, rel=1e-6)
     halves = [loss(_take(examples, i)) for i in ([0, 1], [2, 3])]
     assert np.mean(halves) == pytest.approx(whole, rel=1e-6)
+
+
+def _text(task):
+    """Of the encoders, what losses need: the prompt's rows."""
+    return {"text": jnp.asarray(task.text)}
 
 
 def _random_parameters(task):
@@ -483,12 +470,12 @@ def _take(examples, index):
 def test_conditions_are_dropped_independently_one_time_in_ten(config):
     task = _task(config)
     seen = []
-    task._flow_loss = lambda params, examples, key, pose, geo: (
+    task._flow_loss = lambda params, encoders, examples, key, pose, geo: (
         seen.append((pose, geo)),
         None,
     )
     count = 4000
-    task.loss({}, {"clip_id": jnp.arange(count, dtype=jnp.uint32)}, jnp.int32(0))
+    task.loss({}, {}, {"clip_id": jnp.arange(count, dtype=jnp.uint32)}, jnp.int32(0))
     pose, geo = np.asarray(seen[0])
     assert abs((pose == 0).mean() - 0.1) < 0.02
     assert abs((geo == 0).mean() - 0.1) < 0.02
@@ -499,11 +486,11 @@ def _toy_step(updates=1):
     """A single weight pulled to its batch, which may be NaN."""
     optimizer = optax.adam(0.1)
 
-    def loss(params, batch, step):
+    def loss(params, encoders, batch, step):
         return jnp.sum((params["w"] - batch) ** 2), {}
 
     update = make_step(loss, optimizer, ema_decay=0.9, updates=updates)
-    step = lambda state, batch: update(state, {}, batch)  # noqa: E731
+    step = lambda state, batch: update(state, {}, {}, batch)  # noqa: E731
     return init_state({"w": jnp.ones(3)}, optimizer, 0.9), step
 
 
@@ -534,7 +521,7 @@ def test_parts_of_a_batch_make_the_update_of_the_whole(config):
     for parts in (1, 2, 4, 8):
         update = make_step(task.loss, optimizer, mix=task.mix, micro_batches=parts)
         state = init_state(jax.tree.map(jnp.array, params), optimizer, 0.0)
-        state, metrics = update(state, {}, _random_examples(8))
+        state, metrics = update(state, {}, _text(task), _random_examples(8))
         change = {n: np.float64(x) - params[n] for n, x in state.params.items()}
         found.append((change, float(metrics["loss"][0])))
     whole, loss = found[0]
@@ -549,12 +536,13 @@ def test_frozen_parameters_are_an_argument_that_an_update_reads():
     """Neither derived nor averaged nor taken over, and in a type of their own."""
     optimizer = optax.adam(0.1)
 
-    def loss(params, batch, step):
+    def loss(params, encoders, batch, step):
         return jnp.sum((params["w"] * params["fixed"] - batch) ** 2), {}
 
     frozen = {"fixed": jnp.full(3, 2.0, jnp.bfloat16)}
     state = init_state({"w": jnp.ones(3)}, optimizer, 0.9)
-    state, _ = make_step(loss, optimizer, ema_decay=0.9)(state, frozen, jnp.zeros(3))
+    update = make_step(loss, optimizer, ema_decay=0.9)
+    state, _ = update(state, frozen, {}, jnp.zeros(3))
     assert set(state.params) == set(state.ema) == {"w"}
     assert not np.array_equal(state.params["w"], np.ones(3))
     np.testing.assert_array_equal(frozen["fixed"], np.full(3, 2.0))
@@ -585,9 +573,11 @@ def test_a_pool_batch_has_no_example_twice():
 
 def test_a_pool_grows_and_then_its_oldest_clips_leave(folder, config):
     """Batch k lies at place k modulo 4; from any step on it is what it was then."""
-    task = make_task(config, latest_model(folder / "vae"))
+    task, start = _task(config), latest_model(folder / "vae")
+    encoders = _text(task) | {"vae": start.modules["vae"]}
+    encode = jax.jit(lambda clip: task.encode(encoders, clip))
     sources = open_cities(config.data.city)
-    whole = Pool(task, sources, config, None, 0)
+    whole = Pool(encode, sources, config, None, 0)
     counts, ids = [], []
     for _ in range(6):
         pool = next(whole)
@@ -596,7 +586,7 @@ def test_a_pool_grows_and_then_its_oldest_clips_leave(folder, config):
     assert counts == [8, 12, 16, 16, 16, 16]
     assert ids[5][3] == ids[4][3] == ids[3][3] == ids[2][3]
     assert ids[5][0] == ids[3][0] != ids[2][0] and ids[5][2] != ids[4][2]
-    late = next(Pool(task, sources, config, None, 5))
+    late = next(Pool(encode, sources, config, None, 5))
     assert late["clip_id"].reshape(4, 4).tolist() == ids[5]
     assert int(late["count"]) == 16
 

@@ -1,11 +1,13 @@
 """A painted city of four short drives and the models that tests of training need."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import synthetic_city as synthetic
+from ml_collections import ConfigDict
 
 from cityrag_jax.checkpoint import Bundle, describe, new_model, save_bundle
 from cityrag_jax.data.pairs import PairConfig, mine_pairs, save_pairs
@@ -34,6 +36,20 @@ def save_vae(folder: Path) -> Path:
     return save_bundle(
         folder, Bundle({"vae": new_model(description, 0)}, {"vae": description})
     )
+
+
+def get_config(name: str, variant: str | None = "test", **changes) -> ConfigDict:
+    """Read configs/NAME.py; `train__steps=3` sets config.train.steps."""
+    path = ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant)
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {key.replace("__", "."): value for key, value in changes.items()}
+        )
+    return config
 
 
 def command(config: str, workdir: Path, **changes) -> list[str]:

@@ -3,10 +3,11 @@
     python tools/benchmark_training.py --config=configs/toy_city.py \\
         [--config.train.batch_size=256 ...] [--calls=4] [--profile=DIR]
 
-The program is the trainer's own (`training.step.make_step` on the config's task, its
-pool filled with random examples). A line says what an update takes, and what share of
-the dense bfloat16 peak of an H100 or H200 its products are: three forward passes by
-`cityrag_jax.flops`. `--profile` adds a table of where the device's time went.
+The program is the trainer's own (`training.program`), on one device, its arguments
+drawn; where the config streams, the update encodes clips, by Wan's own autoencoder. A
+line says what an update takes, and what share of the dense bfloat16 peak of an H100 or
+H200 the transformer's products are: three forward passes by `cityrag_jax.flops`.
+`--profile` adds a table of where the device's time went.
 """
 
 import collections
@@ -21,44 +22,56 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from cityrag_jax import flops
-from cityrag_jax.batch import latent_shape, token_grid
-from cityrag_jax.checkpoint import Bundle, describe, new_model, parameters, read_config
-from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.batch import latent_frames, latent_shape, token_grid
+from cityrag_jax.checkpoint import draw_parameters, read_config
 from cityrag_jax.parallel import keep_compilations
-from cityrag_jax.training.examples import draw_batch
-from cityrag_jax.training.optimizer import (
-    OptimizerConfig,
-    label_parameters,
-    make_optimizer,
-    split_frozen,
-)
-from cityrag_jax.training.step import init_state, make_step
-from cityrag_jax.training.task import Examples
-from cityrag_jax.training.tasks import MASK_CHANNELS, make_task
+from cityrag_jax.training.optimizer import split_frozen
+from cityrag_jax.training.program import Program, assumed_start, make_program
 
 PEAK = 989e12  # dense bfloat16 of an H100 SXM or H200, NVIDIA's data sheet
 
 
-def random_examples(config) -> Examples:
-    """Draw a pool of what encoded clips look like, as large as the trainer's."""
-    data, count = config.data, max(config.train.pool, config.train.batch_size)
-    sizes = data.height, data.width
-    t, h, w = latent_shape(data.num_frames, *sizes)
-    u, _, _ = latent_shape(data.condition_frames[1], *sizes)
-    z = config.model.transformer.out_channels
+def draw_arguments(program: Program, config) -> list:
+    """Draw what the update takes: weights as a new training has them, random clips."""
+    params = draw_parameters(program.task.description, config.seed)
+    params, frozen = split_frozen(params, program.labels)
+    frozen = {name: x.astype(program.frozen[name].dtype) for name, x in frozen.items()}
+    encoders = program.encoders
+    if config.train.pool:  # of which every clip is encoded already
+        encoders = {"text": encoders["text"]}
+    encoders, batch = jax.jit(lambda: draw_like((encoders, program.batch)))()
+    return [program.begin(params), frozen, encoders, set_counts(batch, config)]
 
-    def normal(seed: int, *shape: int) -> jax.Array:
-        return jax.random.normal(jax.random.key(seed), (count, *shape))
 
-    return {
-        "latents": normal(0, t, h, w, z),
-        "first_frame": normal(1, t, h, w, MASK_CHANNELS + z),
-        "geo_latents": normal(2, u, h, w, z),
-        "geo_length": jnp.full(count, u, jnp.int32),
-        "poses": normal(3, data.num_frames, 4, 4),
-        "clip_id": jnp.arange(count, dtype=jnp.uint32),
-        "count": np.int32(count),
+def draw_like(abstract):
+    """Draw normal numbers of deviation 0.02, and any integers, of these shapes."""
+    leaves, tree = jax.tree.flatten(abstract)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+
+    def draw(key, x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return (0.02 * jax.random.normal(key, x.shape)).astype(x.dtype)
+        return jax.random.bits(key, x.shape, f"uint{8 * x.dtype.itemsize}").astype(
+            x.dtype
+        )
+
+    return jax.tree.unflatten(tree, map(draw, keys, leaves))
+
+
+def set_counts(batch, config):
+    """Let every condition be as long as it may, and the pool be full."""
+    longest = config.data.condition_frames[1]
+    values = {
+        "condition_length": longest,
+        "geo_length": latent_frames(longest),
+        "count": max(config.train.pool, config.train.batch_size),
     }
+
+    def set_count(path, x):
+        name = jax.tree_util.keystr(path, simple=True)
+        return jnp.full_like(x, values[name]) if name in values else x
+
+    return jax.tree_util.tree_map_with_path(set_count, batch)
 
 
 def count_operations(config, task) -> int:
@@ -81,38 +94,23 @@ def main(_) -> None:
     given = flags.FLAGS
     config = given.config
     keep_compilations()
-    z = config.model.transformer.out_channels
-    plain = dict(z_dim=z, latent_mean=(0.0,) * z, latent_std=(1.0,) * z)
-    description = describe(WanVAE, VAEConfig(base_dim=4, **plain))
-    start = Bundle({"vae": new_model(description, 0)}, {"vae": description})
-    task = make_task(config, start)
-    params = parameters(new_model(task.description, config.seed))
-    options = OptimizerConfig(**config.optimizer)
-    labels = label_parameters(params, options.frozen)
-    optimizer = make_optimizer(options, labels, config.train.steps)
+    program = make_program(config, None, assumed_start(config))
     size, updates = config.train.batch_size, config.train.updates_per_call
+    state, *others = draw_arguments(program, config)
 
-    def mix(pool, step):
-        return task.mix(draw_batch(pool, config.seed, step, size), step)
+    def call(state):
+        return jax.block_until_ready(program.update(state, *others))
 
-    decay, parts = config.train.ema_decay, config.train.micro_batches
-    kinds = dict(ema_decay=decay, micro_batches=parts, updates=updates)
-    call = make_step(task.loss, optimizer, mix=mix, **kinds)
-    pool = random_examples(config)
-    params, frozen = split_frozen(params, labels)
-    dtype = read_config(task.description).dtype
-    frozen = {name: x.astype(dtype) for name, x in frozen.items()}
-    state = init_state(params, optimizer, decay)
     began = time.monotonic()
-    state, _ = jax.block_until_ready(call(state, frozen, pool))
+    state, _ = call(state)
     compiled = time.monotonic() - began
     seconds = []
     for _ in range(given.calls):
         began = time.monotonic()
-        state, _ = jax.block_until_ready(call(state, frozen, pool))
+        state, _ = call(state)
         seconds.append((time.monotonic() - began) / updates)
     each = float(np.median(seconds))
-    rate = count_operations(config, task) / each
+    rate = count_operations(config, program.task) / each
     stats = jax.local_devices()[0].memory_stats() or {}
     print(
         f"{jax.devices()[0].device_kind}: batch {size}, {1e3 * each:.2f} ms an update, "
@@ -123,7 +121,7 @@ def main(_) -> None:
     )
     if given.profile:
         with jax.profiler.trace(given.profile):
-            jax.block_until_ready(call(state, frozen, pool))
+            call(state)
         print_kernels(Path(given.profile), updates)
 
 

@@ -140,10 +140,11 @@ def new_model(description: Description, seed: int) -> nnx.Module:
 def draw_parameters(
     description: Description, seed: int, shardings: Mapping[str, Sharding] | None = None
 ) -> Arrays:
-    """Draw the parameters of a new module, each onto its shards."""
+    """Draw the parameters of a new module; of `shardings`, those named, onto shards."""
 
     def draw():
-        return parameters(build_model(description, nnx.Rngs(seed)))
+        values = parameters(build_model(description, nnx.Rngs(seed)))
+        return {n: x for n, x in values.items() if shardings is None or n in shardings}
 
     return jax.jit(draw, out_shardings=shardings and dict(shardings))()
 

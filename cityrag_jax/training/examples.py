@@ -7,7 +7,7 @@ seen.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from cityrag_jax.data.clips import (
 from cityrag_jax.data.pairs import Pairs, load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.parallel import batch_axes
-from cityrag_jax.training.task import Examples, Task
+from cityrag_jax.training.task import Examples
 
 Sources = list[tuple[City, Pairs]]
 
@@ -90,7 +90,7 @@ class Pool:
 
     def __init__(
         self,
-        task: Task,
+        encode: Callable[[Clip], Examples],
         sources: Sources,
         config: ConfigDict,
         mesh: Mesh | None,
@@ -98,13 +98,13 @@ class Pool:
     ):
         train = config.train
         size = train.encode_batch
-        self._places = -(-train.pool // size)
+        self._places = pool_size(config) // size
         start = min(-(-train.pool_start // size) or self._places, self._places)
         self._fresh = train.fresh // size
         joined = start + first_step // train.updates_per_call * self._fresh
         self._next = max(0, joined - self._places)
         clips = stream(sources, config, self._next, mesh, size)
-        self._encoded = (task.encode(clip) for clip in clips)
+        self._encoded = map(encode, clips)
         self._examples = None
         bar = tqdm.tqdm(
             total=joined - self._next,
@@ -169,6 +169,12 @@ def draw_batch(
     return {name: x[chosen] for name, x in pool.items()}
 
 
+def pool_size(config: ConfigDict) -> int:
+    """Count the places of the pool: whole batches of `encode_batch` clips."""
+    size = config.train.encode_batch
+    return -(-config.train.pool // size) * size
+
+
 def clips_at_once(config: ConfigDict) -> int:
     """Count the held-out clips of a batch: those of training, to compile once."""
     train = config.train
@@ -178,7 +184,10 @@ def clips_at_once(config: ConfigDict) -> int:
 
 
 def held_out_examples(
-    task: Task, sources: Sources, config: ConfigDict, mesh: Mesh | None
+    encode: Callable[[Clip], Examples],
+    sources: Sources,
+    config: ConfigDict,
+    mesh: Mesh | None,
 ) -> list[Examples]:
     """Encode `eval.clips` held-out clips, shared among the cities, in batches."""
     share = -(-config.eval.clips // len(sources))
@@ -196,7 +205,7 @@ def held_out_examples(
     ][: config.eval.clips]
     size = clips_at_once(config)
     groups = [clips[i : i + size] for i in range(0, len(clips), size)]
-    return [task.encode(place(stack_clips(group), mesh)) for group in groups]
+    return [encode(place(stack_clips(group), mesh)) for group in groups]
 
 
 def place(clip: Clip, mesh: Mesh | None) -> Clip:

@@ -1,6 +1,7 @@
 """The toy city's autoencoder: trained to give back the frames that it is shown."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import (
     Bundle,
     Description,
-    abstract_model,
     describe,
     read_config,
     with_parameters,
@@ -20,8 +19,9 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.diffusion import flow
 from cityrag_jax.encode import to_unit
 from cityrag_jax.model.vae import VAEConfig, WanVAE
-from cityrag_jax.training.task import Examples, Task
+from cityrag_jax.training.task import Task
 
+STATISTICS_BATCHES = 32  # of training clips, for mean and deviation of the latents
 TILE = 8  # pixels: the side of a latent place
 
 
@@ -47,30 +47,33 @@ class VAEReconstruction(Task):
     part = "vae"
 
     def __init__(self, config: ConfigDict, start: Bundle | None):
-        super().__init__(config, start, describe_autoencoder(config))
+        description = describe_autoencoder(config)
+        self.same_latents = "encoder.*" in config.optimizer.frozen
+        if self.same_latents:
+            if start is None or self.part not in start.descriptions:
+                raise ValueError(
+                    "optimizer.frozen has encoder.*, but there is no autoencoder to "
+                    "start from; give --config.train.init_from=DIR."
+                )
+            given = read_config(start.descriptions[self.part])
+            statistics = ("latent_mean", "latent_std")
+            kept = {name: getattr(given, name) for name in statistics}
+            sizes = dataclasses.replace(read_config(description), **kept)
+            description = describe(WanVAE, sizes)
+        super().__init__(config, description, encoders={})
         self.window = config.train.window_frames
         self.kl_weight = config.train.kl_weight
         self.latent_noise = config.train.latent_noise
         self.texture_weight = config.train.texture_weight
-        self.same_latents = "encoder.*" in config.optimizer.frozen
-        if self.same_latents and (start is None or self.part not in start.descriptions):
-            raise ValueError(
-                "optimizer.frozen has encoder.*, but there is no autoencoder to start "
-                "from; give --config.train.init_from=DIR."
-            )
-        self._latents = self.description
-        if self.same_latents:
-            self._latents = start.descriptions[self.part]
-        self.base = Bundle({}, {self.part: self._latents})
 
-    def encode(self, clip: Clip) -> Examples:
+    def encode(self, encoders, clip):
         """Keep the target's 8-bit frames."""
         return {
             "frames": jnp.asarray(clip.frames),
             "clip_id": jnp.asarray(clip.clip_id),
         }
 
-    def loss(self, params, examples, step):
+    def loss(self, params, encoders, examples, step):
         """Reconstruct `train.window_frames` at a random place of each clip."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         place_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(
@@ -84,7 +87,7 @@ class VAEReconstruction(Task):
         )(frames, places)
         return self._reconstruction_loss(params, to_unit(windows), noise_keys)
 
-    def held_out_losses(self, params, examples):
+    def held_out_losses(self, params, encoders, examples):
         """Reconstruct whole clips from the mean of their latents."""
         video = to_unit(examples["frames"])
         vae = with_parameters(self._abstract, params)
@@ -109,13 +112,13 @@ class VAEReconstruction(Task):
         psnr = 10 * jnp.log10(4 / mse)
         return errors + self.kl_weight * kl, {"kl": kl, "psnr": psnr}
 
-    def finish(self, params, examples):
+    def finish(self, params, encoders, clips):
         """Measure the latents' statistics and store them with the autoencoder."""
         if self.same_latents:
-            vae = with_parameters(abstract_model(self._latents), params)
-            return Bundle({self.part: vae}, {self.part: self._latents})
+            return super().finish(params, encoders, clips)
         measure = jax.jit(self._moments)
-        moments = [jax.device_get(measure(params, e["frames"])) for e in examples]
+        some = itertools.islice(clips, STATISTICS_BATCHES)
+        moments = [jax.device_get(measure(params, clip.frames)) for clip in some]
         first = np.mean([m[0] for m in moments], axis=0, dtype=np.float64)
         second = np.mean([m[1] for m in moments], axis=0, dtype=np.float64)
         config = dataclasses.replace(
@@ -123,9 +126,7 @@ class VAEReconstruction(Task):
             latent_mean=tuple(first.tolist()),
             latent_std=tuple(np.sqrt(second - first**2).tolist()),
         )
-        description = describe(WanVAE, config)
-        vae = with_parameters(abstract_model(description), params)
-        return Bundle({self.part: vae}, {self.part: description})
+        return self._bundle(params, encoders, describe(WanVAE, config))
 
     def _moments(self, params, frames):
         vae = with_parameters(self._abstract, params)

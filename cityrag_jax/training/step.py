@@ -2,9 +2,10 @@
 
 The state is a pytree of arrays, its parameters a flat dict by name. It holds what is
 trained; frozen parameters are an argument of their own, in the type that the module
-computes in, and nothing is derived, averaged or kept for them. Everything happens in
-one jitted call that takes the state over (donation). With a mesh, gradients are
-constrained to the shards of their parameters, so no device holds them whole.
+computes in, and nothing is derived, averaged or kept for them. So are the encoders that
+make examples of clips. Everything happens in one jitted call that takes the state over
+(donation). With a mesh, gradients are constrained to the shards of their parameters, so
+no device holds them whole.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from cityrag_jax.parallel import shard
 from cityrag_jax.training.optimizer import Params, optimizer_shardings
 
 Metrics = dict[str, Array]
-Loss = Callable[[Params, PyTree, Array], tuple[Array, Metrics]]
-Update = Callable[["TrainState", Params, PyTree], tuple["TrainState", Metrics]]
+Loss = Callable[[Params, PyTree, PyTree, Array], tuple[Array, Metrics]]
+Update = Callable[..., tuple["TrainState", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -74,13 +75,13 @@ def make_step(
     updates: int = 1,
     shardings: TrainState | None = None,
 ) -> Update:
-    """Build the jitted call `(state, frozen, batch) -> (state, metrics)`.
+    """Build the jitted call `(state, frozen, encoders, batch) -> (state, metrics)`.
 
     It makes `updates` updates. `mix(batch, step)` gives what one of them takes of
-    `batch`, and `loss(params, batch, step)` the loss of all parameters and a dict of
-    further numbers. With `micro_batches` the gradient is the mean over as many equal
-    parts of the batch, one after the other: that of the whole batch where the loss is a
-    mean over clips.
+    `batch`, and `loss(params, encoders, batch, step)` the loss of all parameters and a
+    dict of further numbers. With `micro_batches` the gradient is the mean over as many
+    equal parts of the batch, one after the other: that of the whole batch where the
+    loss is a mean over clips.
 
     Metrics are the loss's numbers, `loss`, `gradient_norm` (before clipping) and
     `refused` (1 if the update was not finite: then parameters, average and optimiser
@@ -92,21 +93,21 @@ def make_step(
             return gradients
         return jax.lax.with_sharding_constraint(gradients, shardings.params)
 
-    def differentiate(params, frozen, batch, step):
+    def differentiate(params, frozen, encoders, batch, step):
         def value(params):
-            return loss(frozen | params, batch, step)
+            return loss(frozen | params, encoders, batch, step)
 
         result, gradients = jax.value_and_grad(value, has_aux=True)(params)
         return result, constrain(gradients)
 
-    def accumulate(params, frozen, batch, step):
+    def accumulate(params, frozen, encoders, batch, step):
         """Average over parts; sums are float32 in the shards of the parameters."""
         if micro_batches == 1:  # XLA on CPUs is several times slower inside a scan
-            return differentiate(params, frozen, batch, step)
+            return differentiate(params, frozen, encoders, batch, step)
         parts = jax.tree.map(lambda x: split_batch(x, micro_batches), batch)
 
         def add(total, part):
-            result, gradients = differentiate(params, frozen, part, step)
+            result, gradients = differentiate(params, frozen, encoders, part, step)
             return constrain(jax.tree.map(jnp.add, total, gradients)), result
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
@@ -114,9 +115,9 @@ def make_step(
         gradients = jax.tree.map(lambda x: x / micro_batches, total)
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), results), gradients
 
-    def update(state, frozen, batch):
-        batch = mix(batch, state.step)
-        (number, more), gradients = accumulate(state.params, frozen, batch, state.step)
+    def update(state, frozen, encoders, batch):
+        given = frozen, encoders, mix(batch, state.step), state.step
+        (number, more), gradients = accumulate(state.params, *given)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(number) & jnp.isfinite(norm)
         changes, moments = optimizer.update(gradients, state.optimizer, state.params)
@@ -128,13 +129,11 @@ def make_step(
         metrics = {"loss": number, "gradient_norm": norm, "refused": ~finite}
         return kept, metrics | more
 
-    def call(state, frozen, batch):
+    def call(state, *given):
         if updates == 1:
-            state, metrics = update(state, frozen, batch)
+            state, metrics = update(state, *given)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(
-            lambda s, _: update(s, frozen, batch), state, length=updates
-        )
+        return jax.lax.scan(lambda s, _: update(s, *given), state, length=updates)
 
     out = None if shardings is None else (shardings, None)
     return jax.jit(call, donate_argnums=0, out_shardings=out)

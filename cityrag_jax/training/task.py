@@ -6,16 +6,18 @@ within a batch.
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import (
+    Arrays,
     Bundle,
     Description,
     abstract_model,
@@ -27,38 +29,55 @@ from cityrag_jax.model.adapters import MARK
 
 Params = dict[str, Array]
 Examples = dict[str, Array]  # every array has a leading clip axis
+Encoders = dict[str, Any]  # modules by name, and as "text" the prompt's rows
 
 
 class Task(abc.ABC):
     """One way to train one module, whose name in a bundle is `part`.
 
-    `base` is what the training does not change but a model needs.
+    A task knows sizes and holds no array on a device: parameters, encoders and examples
+    are arguments, so that its functions are pure. `encoders` describes the modules that
+    make examples of clips and stand in the bundle beside the trained one; `text` are
+    the rows of their prompt on the host.
     """
 
     part: str
-    base: Bundle
 
     def __init__(
-        self, config: ConfigDict, start: Bundle | None, description: Description
+        self,
+        config: ConfigDict,
+        description: Description,
+        encoders: Mapping[str, Description],
+        text: np.ndarray | None = None,
     ):
         self.description = description
+        self.encoders = dict(encoders)
+        self.text = text
         self.seed = config.seed
-        self._start = start
         self._fitting = config.train.init_fitting
         self._abstract = abstract_model(description)
 
-    def initial_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
-        """Give the parameters to start from, drawn or copied onto their shards."""
-        fresh = self._draw_parameters(shardings)
-        if self._start is None or self.part not in self._start.modules:
-            return fresh
-        given = self._adjust(parameters(self._start.modules[self.part]), fresh)
-        if self._fitting:
-            given = fitting(given, fresh)
-        else:
-            check_start(given, fresh, self._start.origin)
+    def initial_parameters(
+        self, start: Bundle | None, shardings: Mapping[str, Sharding]
+    ) -> Params:
+        """Give the parameters to start from, on their shards; what is missing is drawn.
+
+        Where type and shards are as in the start, its arrays themselves are given.
+        """
+        shapes = parameters(abstract_model(self.description))
+        given = {}
+        if start is not None and self.part in start.modules:
+            given = self._adjust(parameters(start.modules[self.part]), shapes)
+            if self._fitting:
+                given = fitting(given, shapes)
+            else:
+                check_start(given, shapes, start.origin)
         # The start may be stored in bfloat16; what is trained keeps its own type.
-        given = {name: x.astype(fresh[name].dtype) for name, x in given.items()}
+        given = {name: x.astype(shapes[name].dtype) for name, x in given.items()}
+        missing = {name: s for name, s in shardings.items() if name not in given}
+        fresh = self._draw_parameters(missing) if missing else {}
+        if not given:
+            return fresh
         return jax.device_put(self._continue(fresh, given), dict(shardings))
 
     def _draw_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
@@ -72,37 +91,58 @@ class Task(abc.ABC):
         return fresh | given
 
     @abc.abstractmethod
-    def encode(self, clip: Clip) -> Examples:
-        """Turn a batch of clips into examples on the device."""
+    def encode(self, encoders: Encoders, clip: Clip) -> Examples:
+        """Turn a batch of clips into examples."""
 
-    def mix(self, examples: Examples, step: Int32[Array, ""]) -> Examples:
-        """Let the clips of a batch exchange something, while it is whole."""
-        return examples
+    def mix(self, batch: Clip | Examples, step: Int32[Array, ""]) -> Clip | Examples:
+        """Let the clips of a batch, encoded or not, exchange something while whole."""
+        return batch
 
     @abc.abstractmethod
     def loss(
-        self, params: Params, examples: Examples, step: Int32[Array, ""]
+        self,
+        params: Params,
+        encoders: Encoders,
+        examples: Examples,
+        step: Int32[Array, ""],
     ) -> tuple[Array, dict[str, Array]]:
         """Measure the training loss of a batch, with what else to report."""
 
     @abc.abstractmethod
-    def held_out_losses(self, params: Params, examples: Examples) -> dict[str, Array]:
+    def held_out_losses(
+        self, params: Params, encoders: Encoders, examples: Examples
+    ) -> dict[str, Array]:
         """Measure examples with the same noise and times at every call.
 
         `held_out` of every clip is the loss; other names say what it is made of.
         """
 
-    def finish(self, params: Params, examples: Iterable[Examples]) -> Bundle:
-        """Give the trained model with everything that is needed to use it."""
-        model = with_parameters(abstract_model(self.description), params)
+    def base(self, encoders: Encoders) -> Bundle:
+        """Give what the training does not change but a model needs."""
+        modules = {name: encoders[name] for name in self.encoders}
+        described = self.encoders | {self.part: self.description}
+        return Bundle(modules, described, self.text)
+
+    def finish(
+        self, params: Params, encoders: Encoders, clips: Iterator[Clip]
+    ) -> Bundle:
+        """Give the trained model with everything that is needed to use it.
+
+        What has to be measured for that is measured on `clips`, training batches.
+        """
+        return self._bundle(params, encoders, self.description)
+
+    def _bundle(self, params, encoders, description) -> Bundle:
+        base = self.base(encoders)
+        model = with_parameters(abstract_model(description), params)
         return dataclasses.replace(
-            self.base,
-            modules=self.base.modules | {self.part: model},
-            descriptions=self.base.descriptions | {self.part: self.description},
+            base,
+            modules=base.modules | {self.part: model},
+            descriptions=base.descriptions | {self.part: description},
         )
 
 
-def fitting(given: Params, fresh: Params) -> Params:
+def fitting(given: Arrays, fresh: Arrays) -> Arrays:
     """Take of a start what has name and shape here, as behind other latents."""
     return {
         name: x

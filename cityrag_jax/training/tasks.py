@@ -3,26 +3,20 @@
 `make_task` chooses between it and the autoencoder's reconstructions.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import (
     Bundle,
     Description,
-    Modules,
     abstract_model,
-    computing_in,
     describe,
-    latest_model,
     parameters,
     read_config,
     with_adapters,
@@ -31,47 +25,23 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.diffusion import flow
 from cityrag_jax.encode import encode_conditions, encode_target
 from cityrag_jax.model.adapters import add_adapters
-from cityrag_jax.model.clip_vision import CLIPVision
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
-from cityrag_jax.model.vae import WanVAE
-from cityrag_jax.parallel import loading_dtype
 from cityrag_jax.training.reconstruction import VAEReconstruction, describe_autoencoder
 from cityrag_jax.training.task import Examples, Task
 
 MASK_CHANNELS = 4
+# What a clip is shown of the place, before and behind the encoders.
+RETRIEVED = ("condition", "condition_length", "geo_latents", "geo_length")
 TRAIN_ONE = (
     "train one with `python -m cityrag_jax.train --config=configs/toy_vae.py "
     "--workdir=DIR` and give --config.model.vae=DIR"
 )
 
 
-def read_start(config: ConfigDict, mesh: Mesh | None = None) -> Bundle | None:
-    """Read what a new training starts from, onto the mesh, each network when asked for.
-
-    That is the model of `train.init_from`, if any, with the autoencoder of `model.vae`
-    in the place of its own, if that is given.
-    """
-    kinds = dict(dtype=loading_dtype(), mesh=mesh)
-    start = None
-    if config.train.init_from:
-        start = latest_model(config.train.init_from, **kinds)
-    if config.task != "CityRAG" or not config.model.vae:
-        return start
-    other = latest_model(config.model.vae, **kinds)
-    if "vae" not in other.modules:
-        raise ValueError(f"There is no autoencoder in {config.model.vae}; {TRAIN_ONE}.")
-    start = start or dataclasses.replace(other, modules={}, descriptions={}, text=None)
-    return dataclasses.replace(
-        start,
-        modules=Modules.of(start.modules) | {"vae": other.modules["vae"]},
-        descriptions=start.descriptions | {"vae": other.descriptions["vae"]},
-    )
-
-
 def make_task(config: ConfigDict, start: Bundle | None) -> Task:
-    """Build the config's task upon what `read_start` gave, or `base/` of a workdir."""
+    """Build the config's task upon what a start's descriptions and prompt say."""
     tasks = {"CityRAG": CityRAG, "VAEReconstruction": VAEReconstruction}
     if config.task not in tasks:
         raise ValueError(f"config.task is {config.task!r}; choose of {sorted(tasks)}.")
@@ -116,49 +86,34 @@ class CityRAG(Task):
     part = "transformer"
 
     def __init__(self, config: ConfigDict, start: Bundle | None):
-        super().__init__(config, start, describe_model(config))
+        description = describe_model(config)
+        transformer = read_config(description)
+        encoders = {"vae": _find_vae(transformer, start)}
+        if transformer.image_dim is not None:
+            encoders["clip"] = _find_clip(transformer, start)
+        text = _find_text(config.model.text, transformer, start)
+        super().__init__(config, description, encoders, text)
         self.shift = config.train.shift
         self.drop = config.train.drop_probability
         self.mismatch = config.train.mismatch_probability
         self.draws = config.eval.draws
         self.levels = config.eval.noise_levels
         self.eval_seed = config.eval.seed
-        self._transformer = read_config(self.description)
         self._abstract = abstract_model(
             as_trained(
-                self.description,
+                description,
                 unroll=config.train.unroll_blocks,
                 stream_dtype=config.train.stream_dtype,
             )
         )
-        vae, vae_description = _find_vae(start, config.model.vae_dtype)
-        self._check(vae)
-        self._text = _find_text(config.model.text, self._transformer, start)
-        self._encoders = {"vae": vae}
-        descriptions = {"vae": vae_description, self.part: self.description}
-        if self._transformer.image_dim is not None:
-            self._encoders["clip"] = _find_clip(self._transformer, start)
-            descriptions["clip"] = start.descriptions["clip"]
-        self.base = Bundle(self._encoders, descriptions, self._text)
-        self._encode = jax.jit(encode_example)
-
-    def _check(self, vae: WanVAE) -> None:
-        z, config = vae.config.z_dim, self._transformer
-        wanted = z + MASK_CHANNELS + z
-        if (config.in_channels, config.out_channels) != (wanted, z):
-            raise ValueError(
-                f"The transformer has {config.in_channels} channels in and "
-                f"{config.out_channels} out; with an autoencoder of {z} channels it "
-                f"needs {wanted} (noise, mask, first image) and {z}."
-            )
 
     def _draw_parameters(self, shardings):
         """Leave at zero what a single row of text does not use: it takes no space."""
         fresh = super()._draw_parameters(shardings)
-        if self._text.shape[0] > 1:
+        if self.text.shape[0] > 1:
             return fresh
         unused = ("blocks.cross_attention.q.kernel", "blocks.cross_attention.k.kernel")
-        return fresh | {name: jnp.zeros_like(fresh[name]) for name in unused}
+        return fresh | {n: jnp.zeros_like(fresh[n]) for n in unused if n in fresh}
 
     def _adjust(self, given, fresh):
         return add_input_channels(given, fresh)
@@ -172,23 +127,35 @@ class CityRAG(Task):
                     copy_from_base(branch, model)
         return parameters(model)
 
-    def encode(self, clip: Clip) -> Examples:
+    def encode(self, encoders, clip):
         """Encode target, first image and condition video with the frozen encoders."""
-        return self._encode(self._encoders, clip, self._text)
+        vae, text = encoders["vae"], encoders["text"]
+        conditions = encode_conditions(vae, clip, text, encoders.get("clip"))
+        example = {
+            "latents": encode_target(vae, clip),
+            "image": conditions.image,
+            "first_frame": conditions.first_frame,
+            "geo_latents": conditions.geo_latents,
+            "geo_length": conditions.geo_length,
+            "poses": conditions.poses,
+            "clip_id": jnp.asarray(clip.clip_id),
+        }
+        return {name: x for name, x in example.items() if x is not None}
 
-    def mix(self, examples, step):
+    def mix(self, batch, step):
         """Show some clips the retrieved video of the clip before them in the batch."""
         if not self.mismatch:
-            return examples
-        _, drawn = self._draw(examples["clip_id"], step)
-        return swap_conditions(examples, drawn[:, 2] < self.mismatch)
+            return batch
+        clip_id = batch.clip_id if isinstance(batch, Clip) else batch["clip_id"]
+        _, drawn = self._draw(clip_id, step)
+        return swap_conditions(batch, drawn[:, 2] < self.mismatch)
 
-    def loss(self, params, examples, step):
+    def loss(self, params, encoders, examples, step):
         """Flow-matching loss at one noise level for each clip."""
         key, drawn = self._draw(examples["clip_id"], step)
         keep = (drawn[:, :2] >= self.drop).astype(jnp.float32)
-        value, _ = self._flow_loss(params, examples, key, keep[:, 0], keep[:, 1])
-        return value, {}
+        given = (params, encoders, examples, key, keep[:, 0], keep[:, 1])
+        return self._flow_loss(*given)[0], {}
 
     def _draw(self, clip_id, step):
         """Give the key of noise and levels, and three uniform numbers for each clip."""
@@ -197,7 +164,7 @@ class CityRAG(Task):
         drop_keys = flow.clip_keys(drop_key, clip_id)
         return flow_key, jax.vmap(lambda k: jax.random.uniform(k, (3,)))(drop_keys)
 
-    def held_out_losses(self, params, examples):
+    def held_out_losses(self, params, encoders, examples):
         """Mean over `eval.draws` fixed draws for each clip, nothing dropped.
 
         Beside it the loss at each of `eval.noise_levels`. Where it is near 1 at a low
@@ -206,30 +173,33 @@ class CityRAG(Task):
         clip_id = examples["clip_id"]
         keep = jnp.ones(clip_id.shape)
         keys = jax.random.split(jax.random.key(self.eval_seed), self.draws)
-        losses = [self._flow_loss(params, examples, key, keep, keep)[1] for key in keys]
+        values = params, encoders, examples
+        losses = [self._flow_loss(*values, key, keep, keep)[1] for key in keys]
         levels = {}
         for level in self.levels:
             _, noise = self._draw_flow(keys[0], examples)
             sigma = jnp.full(clip_id.shape, level, jnp.float32)
-            given = (params, examples, sigma, noise, keep, keep)
-            levels[f"held_out_at_{level:g}"] = self._velocity_loss(*given)[1]
+            loss = self._velocity_loss(*values, sigma, noise, keep, keep)
+            levels[f"held_out_at_{level:g}"] = loss[1]
         return {"held_out": jnp.stack(losses).mean(axis=0)} | levels
 
-    def _flow_loss(self, params, examples, key, keep_pose, keep_geo):
+    def _flow_loss(self, params, encoders, examples, key, keep_pose, keep_geo):
         sigma, noise = self._draw_flow(key, examples)
-        given = (params, examples, sigma, noise, keep_pose, keep_geo)
+        given = (params, encoders, examples, sigma, noise, keep_pose, keep_geo)
         return self._velocity_loss(*given)
 
     def _draw_flow(self, key, examples):
         shape = examples["latents"].shape[1:]
         return flow.draw(key, examples["clip_id"], shape, self.shift)
 
-    def _velocity_loss(self, params, examples, sigma, noise, keep_pose, keep_geo):
+    def _velocity_loss(
+        self, params, encoders, examples, sigma, noise, keep_pose, keep_geo
+    ):
         model = with_parameters(self._abstract, params)
-        latents = examples["latents"]
+        latents, text = examples["latents"], encoders["text"]
         noisy = flow.interpolate(latents, noise, sigma)
         conditions = Conditions(
-            text=jnp.broadcast_to(self._text[None], (len(latents), *self._text.shape)),
+            text=jnp.broadcast_to(text[None], (len(latents), *text.shape)),
             image=examples.get("image"),
             first_frame=examples["first_frame"],
             geo_latents=examples["geo_latents"],
@@ -262,58 +232,50 @@ def add_input_channels(given: dict[str, Any], fresh: dict[str, Any]) -> dict[str
     return given | {name: jnp.pad(given[name], ((0, missing), (0, 0)))}
 
 
-def swap_conditions(examples: Examples, swapped: Bool[Array, " B"]) -> Examples:
+def swap_conditions(
+    batch: Clip | Examples, swapped: Bool[Array, " B"]
+) -> Clip | Examples:
     """Give some clips the retrieved video of the clip before them in the batch."""
-    names = ("geo_latents", "geo_length")
-    others = {name: jnp.roll(examples[name], 1, axis=0) for name in names}
-    return examples | {
-        name: jnp.where(
-            swapped.reshape(-1, *(1,) * (x.ndim - 1)), others[name], examples[name]
-        )
-        for name, x in others.items()
-    }
+
+    def swap(path, x):
+        if jax.tree_util.keystr(path, simple=True) not in RETRIEVED:
+            return x
+        chosen = swapped.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(chosen, jnp.roll(x, 1, axis=0), x)
+
+    return jax.tree_util.tree_map_with_path(swap, batch)
 
 
-def encode_example(
-    encoders: dict[str, nnx.Module], clip: Clip, text: Float[Array | np.ndarray, "S E"]
-) -> Examples:
-    """Encode a batch of clips by the autoencoder and, if there is one, CLIP."""
-    conditions = encode_conditions(encoders["vae"], clip, text, encoders.get("clip"))
-    example = {
-        "latents": encode_target(encoders["vae"], clip),
-        "image": conditions.image,
-        "first_frame": conditions.first_frame,
-        "geo_latents": conditions.geo_latents,
-        "geo_length": conditions.geo_length,
-        "poses": conditions.poses,
-        "clip_id": jnp.asarray(clip.clip_id),
-    }
-    return {name: x for name, x in example.items() if x is not None}
-
-
-def _find_vae(start: Bundle | None, dtype: str) -> tuple[WanVAE, Description]:
-    if start is None or "vae" not in start.modules:
+def _find_vae(config: DiTConfig, start: Bundle | None) -> Description:
+    if start is None or "vae" not in start.descriptions:
         where = start.origin if start else "train.init_from (not given)"
         raise ValueError(f"There is no autoencoder in {where}; {TRAIN_ONE}.")
-    start = computing_in(start, "vae", dtype)
-    return start.modules["vae"], start.descriptions["vae"]
+    z = read_config(start.descriptions["vae"]).z_dim
+    wanted = z + MASK_CHANNELS + z
+    if (config.in_channels, config.out_channels) != (wanted, z):
+        raise ValueError(
+            f"The transformer has {config.in_channels} channels in and "
+            f"{config.out_channels} out; with an autoencoder of {z} channels it "
+            f"needs {wanted} (noise, mask, first image) and {z}."
+        )
+    return start.descriptions["vae"]
 
 
-def _find_clip(config: DiTConfig, start: Bundle | None) -> CLIPVision:
-    if start is None or "clip" not in start.modules:
+def _find_clip(config: DiTConfig, start: Bundle | None) -> Description:
+    if start is None or "clip" not in start.descriptions:
         where = start.origin if start else "train.init_from (not given)"
         raise ValueError(
             f"The transformer takes image features of {config.image_dim}, but there is "
             f"no CLIP tower in {where}. Give a model made by tools/convert_wan.py, or "
             "set model.transformer.image_dim to None."
         )
-    clip = start.modules["clip"]
-    if clip.config.dim != config.image_dim:
+    width = read_config(start.descriptions["clip"]).dim
+    if width != config.image_dim:
         raise ValueError(
             f"model.transformer.image_dim is {config.image_dim}, the CLIP tower in "
-            f"{start.origin} gives {clip.config.dim}; make them equal."
+            f"{start.origin} gives {width}; make them equal."
         )
-    return clip
+    return start.descriptions["clip"]
 
 
 def _find_text(kind: str, config: DiTConfig, start: Bundle | None) -> np.ndarray:
