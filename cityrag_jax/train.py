@@ -1,13 +1,14 @@
 """Train CityRAG or its autoencoder, on a laptop or a pod, by one command:
 
     python -m cityrag_jax.train --config=configs/toy_city.py[:variant] --workdir=DIR
-        [--config.section.key=value ...]
+        [--config.section.key=value ...] [--distributed]
 
 Everything is checked before training starts. Killed at any moment and started again
 with the same command, it goes on from the last whole checkpoint, as if nothing had
 happened. DIR will hold:
 
     config.json      the config; another one is refused
+    lock.json        while it trains: another training there is refused
     base/            what training does not change: autoencoder, prompt
     checkpoints/     the last few, each a folder named after its step
     metrics.jsonl    losses and speed
@@ -35,7 +36,17 @@ from cityrag_jax.checkpoint import (
     save_bundle,
     stacked_parameters,
 )
-from cityrag_jax.parallel import keep_compilations, layout, loading_dtype
+from cityrag_jax.parallel import (
+    DISTRIBUTED,
+    as_the_writer,
+    fetch,
+    initialise,
+    is_writer,
+    keep_compilations,
+    layout,
+    loading_dtype,
+    on_writer,
+)
 from cityrag_jax.training.checks import (
     check_config,
     claim_workdir,
@@ -43,12 +54,14 @@ from cityrag_jax.training.checks import (
 )
 from cityrag_jax.training.examples import (
     Pool,
+    Waiting,
     draw_batch,
     held_out_examples,
     open_cities,
     stream,
 )
-from cityrag_jax.training.log import TrainingLog
+from cityrag_jax.training.lock import WorkdirLock
+from cityrag_jax.training.log import NoLog, TrainingLog
 from cityrag_jax.training.optimizer import (
     OptimizerConfig,
     label_parameters,
@@ -77,13 +90,20 @@ def train(config: ConfigDict, workdir: Path | str) -> Path:
     workdir = Path(workdir).absolute()
     check_config(config)
     sources = open_cities(config.data.city)
-    claim_workdir(workdir, config)
     mesh = training_mesh(config)
-    with layout(mesh, dict(config.train.rules)):
-        with TrainingCheckpoints(
-            workdir / "checkpoints", keep=config.train.keep, writable=True
-        ) as checkpoints:
+    lock = WorkdirLock(workdir)
+    on_writer(lock.take)
+    try:
+        on_writer(lambda: claim_workdir(workdir, config))
+        with (
+            layout(mesh, dict(config.train.rules)),
+            TrainingCheckpoints(
+                workdir / "checkpoints", keep=config.train.keep, writable=True
+            ) as checkpoints,
+        ):
             return _Training(config, workdir, mesh, sources, checkpoints).run()
+    finally:
+        lock.release()
 
 
 class _Training:
@@ -140,21 +160,15 @@ class _Training:
         config, task = self.config, self.task
         path = self.workdir / "model"
         if config.train.steps in self.checkpoints.steps and path.exists():
-            print(f"Training has ended before, at step {config.train.steps}.")
-            print(describe_end(config, path))
+            _say(f"Training has ended before, at step {config.train.steps}.")
+            _say(describe_end(config, path))
             return path
         state = self.restore()
         first = int(state.step)
         held_out = held_out_examples(task, self.sources, config, self.mesh)
         measure = jax.jit(task.held_out_losses)
         update, examples = self._make_update(first)
-        log = TrainingLog(
-            self.workdir,
-            first,
-            config.train.steps,
-            max_seconds=config.train.max_seconds,
-            tensorboard=config.train.tensorboard,
-        )
+        log = self._open_log(first)
         log.say(describe_start(config, self.labels, state.params, first))
         losses, step, clock = _Losses(config.train.patience), first, None
         intervals = config.train
@@ -168,11 +182,14 @@ class _Training:
                 jax.block_until_ready(metrics)  # compilation does not count
                 clock = time.monotonic()
             spent = time.monotonic() - clock
-            last = step == intervals.steps or 0 < intervals.max_seconds < spent
+            last = step == intervals.steps
+            if intervals.max_seconds > 0:
+                last |= as_the_writer(spent > intervals.max_seconds)
             save = step % intervals.checkpoint_interval == 0 or last
             evaluate = step % config.eval.interval == 0 or last
             if step % intervals.log_interval == 0 or save or evaluate:
-                report = losses.collect()
+                waited = examples.take_seconds() / losses.count
+                report = losses.collect() | {"data_wait_s": waited}
                 if evaluate:
                     held = measure_held_out(measure, state, held_out)
                     report |= held
@@ -187,6 +204,17 @@ class _Training:
                 f"The last updates, up to {step}, were not finite."
             )
         return self._finish(state, step, held["held_out"])
+
+    def _open_log(self, first: int) -> NoLog:
+        if not is_writer():
+            return NoLog()
+        return TrainingLog(
+            self.workdir,
+            first,
+            self.config.train.steps,
+            max_seconds=self.config.train.max_seconds,
+            tensorboard=self.config.train.tensorboard,
+        )
 
     def _make_update(self, first: int):
         """Give the jitted update and the iterator of what it takes."""
@@ -210,7 +238,7 @@ class _Training:
             self.state_shardings,
             config.train.updates_per_call,
         )
-        return update, examples
+        return update, Waiting(examples)
 
     def _save(self, step: int, state: TrainState) -> None:
         groups = {name: getattr(state, name) for name in GROUPS}
@@ -226,8 +254,8 @@ class _Training:
         bundle = self.task.finish(state.ema or state.params, self._some_examples(step))
         path = self.workdir / "model"
         save_bundle(path, bundle, dtype=self.config.train.save_dtype, overwrite=True)
-        print(f"Step {step}, held-out loss {held_out:.4f}.")
-        print(describe_end(self.config, path))
+        _say(f"Step {step}, held-out loss {held_out:.4f}.")
+        _say(describe_end(self.config, path))
         return path
 
     def _some_examples(self, step: int) -> Iterator[Examples]:
@@ -237,7 +265,13 @@ class _Training:
 
 
 class _Losses:
-    """Metrics of the steps since the last report, left on the device until then."""
+    """Metrics of the steps since the last report, left on the device until then.
+
+    Adding those of a call waits for the end of the call `AHEAD` before it, so that the
+    host never puts more batches on the devices.
+    """
+
+    AHEAD = 2
 
     def __init__(self, patience: int):
         self.patience = patience
@@ -249,10 +283,17 @@ class _Losses:
         """Keep the metrics of the updates of one call, the first of them `step`."""
         self._steps.extend(range(step, step + len(metrics["loss"])))
         self._metrics.append(metrics)
+        if len(self._metrics) > self.AHEAD:
+            jax.block_until_ready(self._metrics[-1 - self.AHEAD])
+
+    @property
+    def count(self) -> int:
+        """The number of updates since the last report."""
+        return len(self._steps)
 
     def collect(self) -> dict[str, float]:
         """Average over the finite steps; raise after `patience` bad ones in a row."""
-        calls = jax.device_get(self._metrics)
+        calls = fetch(self._metrics)
         metrics = {n: np.concatenate([call[n] for call in calls]) for n in calls[0]}
         bad = metrics.pop("refused").astype(bool)
         steps = self._bad + self._steps
@@ -273,7 +314,7 @@ def measure_held_out(
     measure, state: TrainState, batches: list[Examples]
 ) -> dict[str, float]:
     """Average the held-out losses of the averaged parameters, if there are any."""
-    losses = jax.device_get([measure(state.ema or state.params, b) for b in batches])
+    losses = fetch([measure(state.ema or state.params, batch) for batch in batches])
     return {
         name: float(np.mean(np.concatenate([loss[name] for loss in losses])))
         for name in losses[0]
@@ -294,6 +335,12 @@ def _with_shardings(abstract: TrainState, shardings: TrainState | None) -> Train
 # --------------------------------------------------------------------------------------
 # What a person reads
 # --------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    """Print, in one process of all."""
+    if is_writer():
+        print(text)
 
 
 def describe_start(config, labels, params, first: int) -> str:
@@ -342,6 +389,7 @@ def main(argv: list[str]) -> None:
     if not isinstance(config, ConfigDict):
         sys.exit("error: the file given by --config cannot be read; does it exist?")
     try:
+        initialise(_DISTRIBUTED.value)
         train(config, _WORKDIR.value)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
@@ -357,6 +405,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this training; the same one goes on with it."
 )
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, DISTRIBUTED)
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])

@@ -20,6 +20,7 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.diffusion import flow
 from cityrag_jax.encode import to_unit
 from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.parallel import fetch
 from cityrag_jax.training.task import Examples, Task
 
 TILE = 8  # pixels: the side of a latent place
@@ -115,7 +116,7 @@ class VAEReconstruction(Task):
             vae = with_parameters(abstract_model(self._latents), params)
             return Bundle({self.part: vae}, {self.part: self._latents})
         measure = jax.jit(self._moments)
-        moments = [jax.device_get(measure(params, e["frames"])) for e in examples]
+        moments = [fetch(measure(params, e["frames"])) for e in examples]
         first = np.mean([m[0] for m in moments], axis=0, dtype=np.float64)
         second = np.mean([m[1] for m in moments], axis=0, dtype=np.float64)
         config = dataclasses.replace(
