@@ -37,7 +37,13 @@ from cityrag_jax.metrics.image import (
     psnr,
     recolour_condition,
 )
-from cityrag_jax.parallel import keep_compilations, loading_dtype
+from cityrag_jax.parallel import (
+    DISTRIBUTED,
+    initialise,
+    is_writer,
+    keep_compilations,
+    loading_dtype,
+)
 from cityrag_jax.rollout import Generator, decode
 from cityrag_jax.sampling import drop, read_sampler
 from cityrag_jax.training.examples import clip_config, open_cities
@@ -145,7 +151,7 @@ def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
 class Table:
     """Figures of every clip, by way and metric, written to a folder as they come.
 
-    `wanted` counts the clips there will be in the end.
+    `wanted` counts the clips there will be in the end. One process of several writes.
     """
 
     folder: Path
@@ -176,6 +182,8 @@ class Table:
 
     def write(self) -> None:
         """Write table.md and table.json over the last ones."""
+        if not is_writer():
+            return
         stored = {"mean": self.means(), "clips": self.scores}
         report.write_text(self.folder / "table.json", json.dumps(stored))
         report.write_text(self.folder / "table.md", f"{self}\n")
@@ -205,7 +213,7 @@ def evaluate(
                 table.write()
                 bar.write(f"{time.monotonic() - began:4.0f} s  {describe(table, way)}")
         table.write()
-        if number == 0:
+        if number == 0 and is_writer():
             write_image(table.folder / "examples.png", draw(examples, batch))
     return table.means()
 
@@ -257,9 +265,12 @@ def main(_) -> None:
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
     try:
+        initialise(given.distributed)
         evaluate(given.config, given.checkpoint, given.city, given.out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    if not is_writer():
+        return
     print(Path(given.out, "table.md").read_text(), end="")
     print(f"wrote {given.out}/table.md, table.json, examples.png")
 
@@ -271,5 +282,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Model folder or training workdir.")
     flags.DEFINE_string("city", None, "City folders, separated by commas.")
     flags.DEFINE_string("out", None, "Folder to write to.")
+    flags.DEFINE_bool("distributed", False, DISTRIBUTED)
     flags.mark_flags_as_required(["config", "checkpoint", "city", "out"])
     app.run(main)

@@ -31,7 +31,13 @@ from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.path_files import parse_path
 from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
-from cityrag_jax.parallel import keep_compilations, loading_dtype
+from cityrag_jax.parallel import (
+    DISTRIBUTED,
+    initialise,
+    is_writer,
+    keep_compilations,
+    loading_dtype,
+)
 from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
@@ -203,6 +209,7 @@ def main(_) -> None:
     keep_compilations()
     config = given.config
     try:
+        initialise(given.distributed)
         report.open_folder(given.out)
         city = City(given.city)
         photo = read_image(given.image)
@@ -232,6 +239,8 @@ def main(_) -> None:
         sample=json.loads(config.sample.to_json()),
         jax=jax.__version__,
     )
+    if not is_writer():
+        return
     clips = clip_config(config.data)
     print(f"wrote {write_rollout(given.out, made, city, clips, poses, facts)}")
 
@@ -247,6 +256,7 @@ if __name__ == "__main__":
         "path", None, "Path: GeoJSON LineString or CSV lat,lon[,height]."
     )
     flags.DEFINE_string("out", None, "Folder to write to.")
+    flags.DEFINE_bool("distributed", False, DISTRIBUTED)
     flags.DEFINE_integer("seed", 0, "Seed of the noise; equal seeds, equal bytes.")
     flags.DEFINE_list("without", [], "Conditions to leave out: pose, geo.")
     flags.DEFINE_string(

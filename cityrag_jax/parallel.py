@@ -1,4 +1,8 @@
-"""The device mesh, the rules from logical axes to mesh axes, and Ulysses' exchange.
+"""Processes, the device mesh, the rules from logical axes to it, Ulysses' exchange.
+
+Several processes run one program: each calls everything here, and whatever computes,
+reads or saves arrays, at the same place. One of them, the writer, writes the files that
+are not arrays. What a process feeds follows from where its devices stand on the mesh.
 
 Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters, `sequence`
 splits tokens. Models name logical axes; only this file knows the mesh. Without a mesh
@@ -18,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Int64, PyTree
 
 MESH_AXES = ("data", "fsdp", "sequence")
 KEPT = Path("cityrag_jax", "xla")  # compiled programs, in the user's cache folder
@@ -41,6 +45,98 @@ RULES: Rules = {
 _rules = jax.make_user_context(tuple(RULES.items()))
 
 Attention = Callable[..., Float[Array, "B L N K"]]
+
+# What --distributed reads; JAX itself reads the first alone.
+PROCESS_VARIABLES = (
+    *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+)
+DISTRIBUTED = (
+    "This is one of several processes: host:port of the first, their count and the "
+    f"number of this one stand in {', '.join(PROCESS_VARIABLES)}. Under SLURM, Open "
+    "MPI, on TPU pods and in indexed Kubernetes jobs it is found out without this."
+)
+MESSAGE_BYTES = 4096
+
+
+def initialise(distributed: bool = False) -> None:
+    """Join the other processes, if this is one of several; once, before any device.
+
+    With `distributed` as `DISTRIBUTED` says. Without it, or without any of its
+    variables, where JAX detects a launcher that started several.
+    """
+    given = {name: os.environ.get(name) for name in PROCESS_VARIABLES}
+    missing = [name for name, value in given.items() if not value]
+    if distributed and not missing:
+        address, *numbers = given.values()
+        if not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"{given} must be a host:port and two whole numbers.")
+        count, number = map(int, numbers)
+        if number >= count:
+            raise ValueError(
+                f"JAX_PROCESS_ID is {number} of JAX_NUM_PROCESSES {count}; count from "
+                "0."
+            )
+        jax.distributed.initialize(address, count, number)
+    elif launcher() and len(missing) == len(given):
+        jax.distributed.initialize()
+    elif distributed:
+        raise ValueError(
+            f"--distributed needs {', '.join(missing)}, and no launcher was detected; "
+            "set host:port of the first process, the count of all, and the number of "
+            "this one from 0."
+        )
+
+
+def launcher() -> str | None:
+    """Name what started this process as one of several, by JAX's own detection."""
+    from jax._src.clusters import ClusterEnv  # its only list of launchers
+
+    for kind in ClusterEnv._cluster_types:
+        alone = kind.name == "k8s" and "JOB_COMPLETION_INDEX" not in os.environ
+        if not kind.opt_in_only_method and not alone and kind.is_env_present():
+            return kind.name if kind.get_process_count() > 1 else None
+    return None
+
+
+def is_writer() -> bool:
+    """Say whether this process writes what is no array: one of all does."""
+    return jax.process_index() == 0
+
+
+def on_writer(action: Callable[[], object]) -> None:
+    """Run an action in the writer alone; all processes wait for it.
+
+    Its ValueError or OSError is raised in all of them.
+    """
+    error = None
+    if is_writer():
+        try:
+            action()
+        except (ValueError, OSError) as raised:
+            error = raised
+    if jax.process_count() > 1:
+        text = np.zeros(MESSAGE_BYTES, np.uint8)
+        said = str(error or "").encode()[:MESSAGE_BYTES] or b"?" * bool(error)
+        text[: len(said)] = np.frombuffer(said, np.uint8)
+        told = multihost_utils.broadcast_one_to_all(text).tobytes().rstrip(b"\0")
+        if told and error is None:
+            raise ValueError(told.decode(errors="replace"))
+    if error is not None:
+        raise error
+
+
+def as_the_writer(value: bool) -> bool:
+    """Give the writer's value, so that all processes decide the same."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Give small arrays to every process as NumPy's, however they are split."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def fill_mesh(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -127,6 +223,38 @@ def check_rules(rules: Rules) -> None:
 def batch_axes() -> tuple[str, ...]:
     """Give the mesh axes that split a batch, in order."""
     return dict(_rules.value)["batch"]
+
+
+def batch_share(mesh: Mesh | None, size: int) -> Int64[np.ndarray, " rows"]:
+    """Give the rows of a batch of `size` that this process's devices hold, ascending.
+
+    Processes whose devices stand at the same places of the batch axes are replicas and
+    hold equal rows. Raises ValueError if the batch does not divide over those axes.
+    """
+    rows = np.arange(size)
+    if mesh is None:
+        return rows
+    places = NamedSharding(mesh, PartitionSpec(batch_axes()))
+    held = places.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([rows[index] for index in held]))
+
+
+def place_batch(local: PyTree, mesh: Mesh | None, size: int) -> PyTree:
+    """Put this process's rows (`batch_share`) of a batch of `size` on its devices."""
+    if mesh is None:
+        return local
+    sharding = NamedSharding(mesh, PartitionSpec(batch_axes()))
+    rows = batch_share(mesh, size)
+
+    def put(x: np.ndarray) -> Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(size)
+            start = int(np.searchsorted(rows, first))
+            return x[start : start + last - first]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, local)
 
 
 def partition(shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:

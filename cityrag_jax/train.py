@@ -1,13 +1,14 @@
 """Train CityRAG or its autoencoder, on a laptop or a pod, by one command:
 
     python -m cityrag_jax.train --config=configs/toy_city.py[:variant] --workdir=DIR
-        [--config.section.key=value ...]
+        [--config.section.key=value ...] [--distributed]
 
 Everything is checked before training starts. Killed at any moment and started again
 with the same command, it goes on from the last whole checkpoint, as if nothing had
 happened. DIR will hold:
 
     config.json      the config; another one is refused
+    lock.json        while it trains: another training there is refused
     base/            what training does not change: autoencoder, prompt, the frozen
     checkpoints/     the last few, each a folder named after its step
     metrics.jsonl    losses and speed
@@ -29,16 +30,28 @@ from ml_collections import ConfigDict, config_flags
 
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import TrainingCheckpoints, save_bundle
-from cityrag_jax.parallel import keep_compilations, layout, loading_dtype
+from cityrag_jax.parallel import (
+    DISTRIBUTED,
+    as_the_writer,
+    fetch,
+    initialise,
+    is_writer,
+    keep_compilations,
+    layout,
+    loading_dtype,
+    on_writer,
+)
 from cityrag_jax.training.checks import check_config, claim_workdir, training_mesh
 from cityrag_jax.training.examples import (
     Pool,
     Sources,
+    Waiting,
     held_out_examples,
     open_cities,
     stream,
 )
-from cityrag_jax.training.log import TrainingLog
+from cityrag_jax.training.lock import WorkdirLock
+from cityrag_jax.training.log import NoLog, TrainingLog
 from cityrag_jax.training.program import Program, make_program
 from cityrag_jax.training.start import (
     Values,
@@ -61,21 +74,27 @@ def train(config: ConfigDict, workdir: Path | str) -> Path:
     workdir = Path(workdir).absolute()
     check_config(config)
     sources = open_cities(config.data.city)
-    claim_workdir(workdir, config)
     mesh = training_mesh(config)
-    with layout(mesh, dict(config.train.rules)):
-        with TrainingCheckpoints(
-            workdir / "checkpoints", keep=config.train.keep, writable=True
-        ) as checkpoints:
+    lock = WorkdirLock(workdir)
+    on_writer(lock.take)
+    try:
+        on_writer(lambda: claim_workdir(workdir, config))
+        with (
+            layout(mesh, dict(config.train.rules)),
+            TrainingCheckpoints(
+                workdir / "checkpoints", keep=config.train.keep, writable=True
+            ) as checkpoints,
+        ):
             path = workdir / "model"
             if config.train.steps in checkpoints.steps and path.exists():
-                print(f"Training has ended before, at step {config.train.steps}.")
-                print(describe_end(config, path))
+                _say(f"Training has ended before, at step {config.train.steps}.")
+                _say(describe_end(config, path))
                 return path
             program, values = open_program(config, workdir, mesh, checkpoints)
-            return _Training(config, workdir, mesh, sources, checkpoints, program).run(
-                *values
-            )
+            training = _Training(config, workdir, mesh, sources, checkpoints, program)
+            return training.run(*values)
+    finally:
+        lock.release()
 
 
 def open_program(
@@ -115,21 +134,15 @@ class _Training:
         first = int(state.step)
         encode = functools.partial(program.encode, encoders)
         held_out = held_out_examples(encode, self.sources, config, self.mesh)
-        batches = self._batches(first, encode)
-        log = TrainingLog(
-            self.workdir,
-            first,
-            config.train.steps,
-            max_seconds=config.train.max_seconds,
-            tensorboard=config.train.tensorboard,
-        )
+        batches = Waiting(self._batches(first, encode))
+        log = self._open_log(first)
         log.say(describe_start(config, program, first))
 
         def measure(state):
             """Average the held-out losses, of averaged parameters if there are any."""
             params = frozen | (state.ema or state.params)
             losses = [program.measure(params, encoders, batch) for batch in held_out]
-            return mean_losses(jax.device_get(losses))
+            return mean_losses(fetch(losses))
 
         losses, step, clock = _Losses(config.train.patience), first, None
         intervals = config.train
@@ -143,11 +156,14 @@ class _Training:
                 jax.block_until_ready(metrics)  # compilation does not count
                 clock = time.monotonic()
             spent = time.monotonic() - clock
-            last = step == intervals.steps or 0 < intervals.max_seconds < spent
+            last = step == intervals.steps
+            if intervals.max_seconds > 0:
+                last |= as_the_writer(spent > intervals.max_seconds)
             due = step % intervals.checkpoint_interval == 0 or last
             evaluate = step % config.eval.interval == 0 or last
             if step % intervals.log_interval == 0 or due or evaluate:
-                report = losses.collect()
+                waited = batches.take_seconds() / losses.count
+                report = losses.collect() | {"data_wait_s": waited}
                 if evaluate:
                     held = measure(state)
                     report |= held
@@ -164,9 +180,20 @@ class _Training:
         self.checkpoints.wait()
         params = frozen | (state.ema or state.params)
         path = self._finish(params, encoders)
-        print(f"Step {step}, held-out loss {held['held_out']:.4f}.")
-        print(describe_end(config, path))
+        _say(f"Step {step}, held-out loss {held['held_out']:.4f}.")
+        _say(describe_end(config, path))
         return path
+
+    def _open_log(self, first: int) -> NoLog:
+        if not is_writer():
+            return NoLog()
+        return TrainingLog(
+            self.workdir,
+            first,
+            self.config.train.steps,
+            max_seconds=self.config.train.max_seconds,
+            tensorboard=self.config.train.tensorboard,
+        )
 
     def _batches(self, first: int, encode) -> Iterator[Clip | Examples]:
         """Give what the updates take from step `first` on."""
@@ -187,7 +214,13 @@ class _Training:
 
 
 class _Losses:
-    """Metrics of the steps since the last report, left on the device until then."""
+    """Metrics of the steps since the last report, left on the device until then.
+
+    Adding those of a call waits for the end of the call `AHEAD` before it, so that the
+    host never puts more batches on the devices.
+    """
+
+    AHEAD = 2
 
     def __init__(self, patience: int):
         self.patience = patience
@@ -199,10 +232,17 @@ class _Losses:
         """Keep the metrics of the updates of one call, the first of them `step`."""
         self._steps.extend(range(step, step + len(metrics["loss"])))
         self._metrics.append(metrics)
+        if len(self._metrics) > self.AHEAD:
+            jax.block_until_ready(self._metrics[-1 - self.AHEAD])
+
+    @property
+    def count(self) -> int:
+        """The number of updates since the last report."""
+        return len(self._steps)
 
     def collect(self) -> dict[str, float]:
         """Average over the finite steps; raise after `patience` bad ones in a row."""
-        calls = jax.device_get(self._metrics)
+        calls = fetch(self._metrics)
         metrics = {n: np.concatenate([call[n] for call in calls]) for n in calls[0]}
         bad = metrics.pop("refused").astype(bool)
         steps = self._bad + self._steps
@@ -230,6 +270,11 @@ def mean_losses(batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
 # --------------------------------------------------------------------------------------
 # What a person reads
 # --------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    if is_writer():
+        print(text)
 
 
 def describe_start(config: ConfigDict, program: Program, first: int) -> str:
@@ -278,6 +323,7 @@ def main(argv: list[str]) -> None:
     if not isinstance(config, ConfigDict):
         sys.exit("error: the file given by --config cannot be read; does it exist?")
     try:
+        initialise(_DISTRIBUTED.value)
         train(config, _WORKDIR.value)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
@@ -293,6 +339,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this training; the same one goes on with it."
 )
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, DISTRIBUTED)
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])

@@ -1,15 +1,20 @@
 """Clips: what they show, where conditions face, exact resume, any process count."""
 
 import dataclasses
+import shutil
+import time
+import uuid
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import synthetic_city as synthetic
 
-from cityrag_jax.data import clips
+from cityrag_jax.data import clips, loader
 from cityrag_jax.data.build import build_toy_city, toy_config
 from cityrag_jax.data.pairs import PairConfig, load_pairs, mine_pairs
+from cityrag_jax.data.store import City
 from cityrag_jax.geo.panorama import crop_panorama
 from cityrag_jax.geo.trajectory import headings, yaw_rotation
 
@@ -40,7 +45,7 @@ def source(tmp_path_factory):
 def take(source, count, **kwargs):
     city, pairs = source
     kwargs = {"batch_size": 4, "seed": 3, "num_threads": 2, **kwargs}
-    batches = clips.training_clips([(city, pairs.training)], CONFIG, **kwargs)
+    batches = loader.training_clips([(city, pairs.training)], CONFIG, **kwargs)
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
@@ -192,18 +197,49 @@ def test_epochs_show_every_pair_once_in_another_order_and_another_way(source):
     assert len(shown) == 2 and not np.array_equal(*shown)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_step_holds_the_same_clips_for_any_number_of_processes(source, count):
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 3], [2], [1, 3], [1]]])
+def test_a_row_holds_the_same_clip_whichever_process_feeds_it(source, shares):
+    """Replicas hold equal rows, and those of a process need not be neighbours."""
     whole = take(source, 4, start_step=2)
-    shares = [
-        take(source, 4, start_step=2, process_index=k, process_count=count)
-        for k in range(count)
-    ]
-    for step in range(4):
-        for k in range(count):
-            # Clip j of a step goes to process j modulo the count.
-            expected = jax.tree.map(lambda x, k=k: x[k::count], whole[step])
-            assert equal(shares[k][step], expected)
+    for rows in shares:
+        taken = take(source, 4, start_step=2, rows=rows)
+        for step in range(4):
+            expected = jax.tree.map(lambda x, rows=rows: x[rows], whole[step])
+            assert equal(taken[step], expected)
+
+
+class CountedCity(City):
+    """Leaves a file for every clip that is read of it, in any process."""
+
+    def crops(self, *args, **kwargs):
+        (Path(self.folder) / "read").mkdir(exist_ok=True)
+        (Path(self.folder) / "read" / uuid.uuid4().hex).touch()
+        return super().crops(*args, **kwargs)
+
+    def __reduce__(self):
+        return CountedCity, (self.folder,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_holds_two_batches_ahead(source, tmp_path, workers):
+    """However long the consumer takes and whatever the threads."""
+    city, pairs = source
+    shutil.copytree(city.folder, tmp_path / "city")
+    batches = loader.training_clips(
+        [(CountedCity(tmp_path / "city"), pairs.training)],
+        CONFIG,
+        batch_size=4,
+        seed=3,
+        num_threads=8,
+        num_workers=workers,
+    )
+    next(batches)
+    read = before = 0
+    while not read or read != before:  # until the loader has nothing more to do
+        time.sleep(1)
+        read, before = len(list((tmp_path / "city" / "read").iterdir())) // 2, read
+    batches.close()
+    assert 4 < read - 4 <= max(2 * 4, 5 * workers)
 
 
 def test_worker_processes_change_nothing(source):
@@ -235,11 +271,9 @@ def test_what_does_not_fit_is_named(source):
     longer = dataclasses.replace(CONFIG, num_frames=10)
     with pytest.raises(ValueError, match="pairs are 9 frames long, clips 10"):
         clips.plan_clip(city, pairs, 0, longer, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="5 does not divide among 2 processes; use 4"):
-        take(source, 1, batch_size=5, process_count=2)
     nothing = pairs.select(np.zeros(len(pairs), bool))
     with pytest.raises(ValueError, match="No training pairs in .*gradient"):
-        clips.training_clips([(city, nothing)], CONFIG, batch_size=2, seed=0)
+        loader.training_clips([(city, nothing)], CONFIG, batch_size=2, seed=0)
     with pytest.raises(ValueError, match="give 1 <= shortest"):
         clips.ClipConfig(condition_frames=(5, 3))
 

@@ -11,15 +11,22 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from cityrag_jax import parallel
 from cityrag_jax.model.attention import attend
 from cityrag_jax.model.layers import Linear
 from cityrag_jax.parallel import (
+    PROCESS_VARIABLES,
+    batch_share,
     exchange_heads,
     fill_mesh,
+    initialise,
+    launcher,
     layout,
     make_mesh,
+    on_writer,
     param_shardings,
     partition,
+    place_batch,
     shard,
     share_keys,
 )
@@ -154,6 +161,87 @@ def test_heads_that_do_not_divide_are_refused():
     with jax.set_mesh(make_mesh(1, 1, 8)):
         with pytest.raises(ValueError, match="6 heads do not divide over .* = 8"):
             exchange_heads(attend, q, k, v, None)
+
+
+def test_a_process_holds_the_rows_that_its_devices_stand_at(monkeypatch):
+    """By where they stand on the batch axes, which need not be in a row."""
+    mesh = make_mesh(2, 2, 2)
+    assert batch_share(mesh, 8).tolist() == list(range(8))
+    assert batch_share(None, 3).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="partitioned 4 times"):
+        batch_share(mesh, 6)
+
+    class Elsewhere:
+        """Devices 0, 1, 6 and 7 are this process's: both ends of the batch."""
+
+        def __init__(self, mesh, spec):
+            self.whole = sharding(mesh, spec)
+
+        def addressable_devices_indices_map(self, shape):
+            places = self.whole.devices_indices_map(shape)
+            return {d: places[d] for d in places if d.id in (0, 1, 6, 7)}
+
+    sharding = parallel.NamedSharding
+    monkeypatch.setattr(parallel, "NamedSharding", Elsewhere)
+    assert batch_share(mesh, 8).tolist() == [0, 1, 6, 7]
+    assert batch_share(make_mesh(1, 2, 4), 8).tolist() == list(range(8))
+
+
+def test_a_placed_batch_is_the_batch():
+    x = {"frames": np.arange(48).reshape(8, 3, 2), "clip_id": np.arange(8)}
+    placed = place_batch(x, make_mesh(2, 2, 2), 8)
+    for name, array in placed.items():
+        np.testing.assert_array_equal(array, x[name])
+        assert array.sharding.spec == P(("data", "fsdp"))
+
+
+def test_what_goes_wrong_in_the_writer_is_raised():
+    def refuse():
+        raise ValueError("this is refused")
+
+    with pytest.raises(ValueError, match="this is refused"):
+        on_writer(refuse)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What JAX is asked to start, with an environment that no launcher made."""
+    for name in os.environ:
+        if name in PROCESS_VARIABLES or name.startswith(("SLURM", "OMPI", "KUBE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *x: calls.append(x))
+    return calls
+
+
+def test_processes_are_joined_by_the_three_variables(monkeypatch, started):
+    """JAX itself would read the first alone."""
+    initialise()
+    assert launcher() is None and not started
+    for name, value in zip(PROCESS_VARIABLES, ("host:1", "4", "3"), strict=True):
+        with pytest.raises(ValueError, match=f"--distributed needs .*{name}"):
+            initialise(True)
+        monkeypatch.setenv(name, value)
+    initialise(True)
+    assert started == [("host:1", 4, 3)]
+    monkeypatch.setenv("JAX_PROCESS_ID", "4")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID is 4 of .* 4; count from 0"):
+        initialise(True)
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    with pytest.raises(ValueError, match="two whole numbers"):
+        initialise(True)
+
+
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_a_launcher_of_several_processes_is_detected(monkeypatch, started, count):
+    """One process under SLURM keeps all of its GPUs: JAX would leave it one."""
+    names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+    for name, value in zip(names, ("7", "node[1-2]", count, "0", "0"), strict=True):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    initialise()
+    assert launcher() == (None if count == "1" else "slurm")
+    assert started == ([] if count == "1" else [()])
 
 
 PROGRAM = """

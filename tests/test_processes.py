@@ -85,12 +85,7 @@ def test_every_process_reads_its_part(folder, verify):
 def test_the_tool_times_reading_and_a_step(folder):
     options = [f"--checkpoint={folder}", "--dtype=float32", "--frames=9"]
     options += ["--height=32", "--width=32", f"--fsdp={PROCESSES * DEVICES}"]
-    reports = _run(
-        lambda address, process: [
-            *(TOOL, *options, f"--processes={PROCESSES}"),
-            *(f"--address={address}", f"--process={process}"),
-        ]
-    )
+    reports = _run(lambda address, process: [TOOL, *options, "--distributed"])
     for report in reports:
         assert report["devices"] == f"{PROCESSES * DEVICES} x cpu"
         assert report["finite"] and len(report["step_s"]) == 2
@@ -111,7 +106,13 @@ def _run(arguments) -> list[dict]:
     running = [
         subprocess.Popen(
             [sys.executable, *map(str, arguments(address, process))],
-            env={**os.environ, "XLA_FLAGS": flags},
+            env={
+                **os.environ,
+                "XLA_FLAGS": flags,
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(PROCESSES),
+                "JAX_PROCESS_ID": str(process),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

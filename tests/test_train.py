@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,13 @@ from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.rollout import Generator
 from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.checks import check_config, flatten_config
-from cityrag_jax.training.examples import Pool, clip_config, draw_batch, open_cities
+from cityrag_jax.training.examples import (
+    Pool,
+    Waiting,
+    clip_config,
+    draw_batch,
+    open_cities,
+)
 from cityrag_jax.training.log import TrainingLog, read_metrics
 from cityrag_jax.training.optimizer import (
     OptimizerConfig,
@@ -90,9 +97,36 @@ def test_training_learns_and_leaves_a_model(finished):
     assert all(line["held_out_at_0.5"] > 1 for line in lines if line["step"] == 0)
     assert {line["step"] for line in lines} >= {0, 5, 10}
     assert all(line["refused"] == 0 for line in lines if "loss" in line)
+    assert all(line["data_wait_s"] >= 0 for line in lines if "loss" in line)
     bundle = latest_model(finished)
     assert set(bundle.modules) == {"transformer", "vae"}
     assert bundle.text.shape == (1, 8)
+
+
+def test_the_host_runs_two_calls_ahead_of_the_devices(monkeypatch):
+    """Each brings a batch with it."""
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    losses = trainer._Losses(patience=3)
+    calls = [{"loss": jnp.full(1, step)} for step in range(5)]
+    for step, metrics in enumerate(calls):
+        losses.add(step, metrics)
+    assert [metrics is call for metrics, call in zip(waited, calls, strict=False)] == [
+        True
+    ] * 3
+    assert losses.count == 5
+
+
+def test_the_seconds_spent_waiting_for_data_are_counted():
+    def slow():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    waiting = Waiting(slow())
+    assert list(waiting) == [0, 1, 2]
+    assert 0.06 <= waiting.take_seconds() < 1
+    assert waiting.take_seconds() == 0
 
 
 def test_a_resumed_training_is_bitwise_the_same(folder, config, finished):

@@ -59,12 +59,13 @@ def command(config: str, workdir: Path, **changes) -> list[str]:
     return [*script, f"--config={ROOT}/configs/{config}", f"--workdir={workdir}", *keys]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """One CPU device, quick compilation, programs shared by a test's processes."""
+def environment(folder: Path, devices: int = 1) -> dict[str, str]:
+    """Some CPU devices, quick compilation, programs shared by a test's processes."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+        f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -2,14 +2,13 @@
 
     python tools/time_checkpoint.py --checkpoint=DIR [--fsdp=4] [--sequence=1]
         [--frames=73 --height=480 --width=832] [--no-step]
-        [--processes=2 --process=0 --address=localhost:29876]
+        [--distributed]
 
 Reads every module of the folder, each device its own shards, and prints seconds, GB/s,
 what the process asked of files and its peak memory on the host (anonymous memory: the
 page cache is not counted). Then the transformer takes one step from noise with random
 conditions at the size of the video. Several processes share one mesh: start each with
-its number and the address of the first, and on one host with its own
-CUDA_VISIBLE_DEVICES.
+--distributed, and on one host with its own CUDA_VISIBLE_DEVICES.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from flax import nnx
 
 from cityrag_jax.batch import Conditions, latent_shape
 from cityrag_jax.checkpoint import latest_model, parameters
-from cityrag_jax.parallel import make_mesh
+from cityrag_jax.parallel import DISTRIBUTED, initialise, make_mesh
 from cityrag_jax.sampling import Sampler
 
 GB, GIB = 1e9, 2**30
@@ -136,13 +135,10 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=73)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--process", type=int, default=0, help="number of this one")
-    parser.add_argument("--address", default="localhost:29876", help="of process 0")
+    parser.add_argument("--distributed", action="store_true", help=DISTRIBUTED)
     parser.add_argument("--no-step", action="store_true", help="only read")
     given = parser.parse_args()
-    if given.processes > 1:
-        jax.distributed.initialize(given.address, given.processes, given.process)
+    initialise(given.distributed)
     count = given.fsdp * given.sequence
     devices = jax.devices()[:count]
     mesh = make_mesh(1, given.fsdp, given.sequence, devices) if count > 1 else None

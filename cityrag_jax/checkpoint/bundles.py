@@ -34,6 +34,7 @@ from cityrag_jax.checkpoint.descriptions import (
 from cityrag_jax.checkpoint.digests import check_digests, crc32, first_line
 from cityrag_jax.checkpoint.files import read_json, renamed, write_json
 from cityrag_jax.checkpoint.items import find_damage, read_arrays, write_arrays
+from cityrag_jax.parallel import is_writer
 
 FORMAT = 2
 CONFIG = "config.json"
@@ -129,6 +130,7 @@ def save_bundle(
     """Write a bundle as one folder that appears all at once; `dtype` casts parameters.
 
     "int8" stores kernels so, with a float32 scale for each of their output channels.
+    Several processes save the same bundle together, each what its devices hold.
     A description without a module is written too, as `described`: `base/` of a workdir
     so keeps what the network is whose parameters stand in `checkpoints/`.
     """
@@ -139,12 +141,12 @@ def save_bundle(
             f"{sorted(bundle.descriptions)}; make one with `describe`."
         )
     with renamed(Path(path), overwrite) as folder:
-        folder.mkdir(parents=True)
         for name, module in bundle.modules.items():
             stacked = stacked_parameters(module)
             write_arrays(folder / name, parameters(module), stacked, dtype)
-        write_texts(folder, bundle.text, bundle.negative_text)
-        write_json(folder / CONFIG, bundle_config(bundle))
+        if is_writer():
+            write_texts(folder, bundle.text, bundle.negative_text)
+            write_json(folder / CONFIG, bundle_config(bundle))
     return Path(path)
 
 

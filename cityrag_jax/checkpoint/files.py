@@ -7,25 +7,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from cityrag_jax.parallel import is_writer, on_writer
+
 
 class renamed:
-    """Context: write to a temporary sibling of `path`, renamed when all went well."""
+    """Context: write to a temporary sibling of `path`, renamed when all went well.
+
+    Of several processes the writer makes and renames it; in the meantime all write.
+    """
 
     def __init__(self, path: Path, overwrite: bool):
         self.path = path.absolute()
         self.overwrite = overwrite
-        self.temporary = self.path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        alone = jax.process_count() == 1
+        suffix = f".tmp-{os.getpid() if alone else 'joined'}"
+        self.temporary = self.path.with_name(f".{path.name}{suffix}")
 
     def __enter__(self) -> Path:
-        if self.path.exists() and not self.overwrite:
-            raise ValueError(f"{self.path} exists; delete it or choose another name.")
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        on_writer(self._begin)
         return self.temporary
 
     def __exit__(self, kind, *_):
-        if kind is not None:
+        if kind is None:
+            on_writer(self._commit)
+        elif is_writer():
             shutil.rmtree(self.temporary, ignore_errors=True)
-            return
+
+    def _begin(self) -> None:
+        if self.path.exists() and not self.overwrite:
+            raise ValueError(f"{self.path} exists; delete it or choose another name.")
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+
+    def _commit(self) -> None:
         replaced = self.temporary.with_suffix(".replaced")
         if self.path.exists():
             os.rename(self.path, replaced)

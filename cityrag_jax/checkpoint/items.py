@@ -30,6 +30,7 @@ from cityrag_jax.checkpoint.digests import (
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.quantise import INT8, dequantise, quantise, with_scales
+from cityrag_jax.parallel import is_writer, on_writer
 
 REST = "rest"
 DIGESTS = "digests.json"
@@ -54,7 +55,7 @@ def write_arrays(
 
     `dtype` casts them, int8 as `quantise.py` says.
     """
-    folder.mkdir(parents=True)
+    on_writer(lambda: folder.mkdir(parents=True))
     digests = {}
     for item, arrays in _split_items(values, stacked):
         if dtype is not None and np.dtype(dtype) == INT8:
@@ -62,7 +63,8 @@ def write_arrays(
         elif dtype is not None:
             arrays = _cast(arrays, dict.fromkeys(arrays, np.dtype(dtype)))
         digests[item] = write_item(folder / item, arrays)
-    write_json(folder / DIGESTS, digests)
+    if is_writer():
+        write_json(folder / DIGESTS, digests)
 
 
 def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str, int]:
@@ -78,7 +80,7 @@ def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str
         ocp.save(path.absolute(), arrays)
     # Orbax writes the folder's name of that moment there; nobody reads it.
     committed = path / "commit_success.txt"
-    if committed.exists():
+    if is_writer() and committed.exists():
         committed.write_text("Checkpoint commit was successful")
     memory.give_back()
     return digest_arrays(arrays)

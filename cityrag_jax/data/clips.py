@@ -1,11 +1,8 @@
-"""From pairs to clips: yaw augmentation, facing conditions, crops, batches.
+"""From pairs to clips: yaw augmentation, facing conditions, crops.
 
 A plan says which captures a clip shows and how they face: pure geometry, and the
 provenance that evaluation needs. `make_clip` turns a plan into pictures. Training and
 generation make their conditions by the same `condition_views`.
-
-The loader is Grain's, by index from end to end: the clips of a step follow from the
-seed and the step alone, for any number of processes, threads and workers.
 """
 
 import dataclasses
@@ -225,78 +222,3 @@ def held_out_clips(
     """Read the clips of `held_out_plans`."""
     plans = held_out_plans(city, pairs, config, count, **kwargs)
     return [make_clip(city, plan, config) for plan in plans]
-
-
-class DrawClip:
-    """Grain's random map from the number of a pair, over all cities, to a clip."""
-
-    def __init__(self, sources: Sequence[tuple[City, Pairs]], config: ClipConfig):
-        self._sources = tuple(sources)
-        self._config = config
-        self._stops = np.cumsum([len(pairs) for _, pairs in sources])
-
-    def random_map(self, element: int, rng: np.random.Generator) -> Clip:
-        source = int(np.searchsorted(self._stops, element, "right"))
-        city, pairs = self._sources[source]
-        pair = int(element) - (int(self._stops[source - 1]) if source else 0)
-        plan = plan_clip(city, pairs, pair, self._config, rng)
-        return make_clip(city, plan, self._config)
-
-
-def training_clips(
-    sources: Sequence[tuple[City, Pairs]],
-    config: ClipConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 4,
-    num_workers: int = 0,
-):
-    """Give this process's share of endless batches, from `start_step` on.
-
-    `batch_size` is that of all processes together. Step k holds the same clips
-    whatever the start, the processes, threads and workers: to resume, the step is
-    enough. Close the iterator when done.
-    """
-    import grain
-
-    if batch_size % process_count:
-        raise ValueError(
-            f"A batch of {batch_size} does not divide among {process_count} processes; "
-            f"use {max(1, batch_size // process_count) * process_count}."
-        )
-    total = sum(len(pairs) for _, pairs in sources)
-    if total == 0:
-        names = ", ".join(str(city.folder) for city, _ in sources)
-        raise ValueError(f"No training pairs in {names or 'no city'}; mine some.")
-
-    class Draw(DrawClip, grain.transforms.RandomMap):
-        pass
-
-    share = batch_size // process_count
-    clips = grain.MapDataset.range(total).seed(seed).shuffle().repeat()
-    # Drawing before the split makes a clip independent of the number of processes.
-    clips = clips.random_map(Draw(sources, config))[process_index::process_count]
-    # Batching before the split into workers keeps the order of a single process.
-    batches = clips.batch(share, drop_remainder=True)[start_step:]
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16)
-    dataset = batches.to_iter_dataset(options)
-    if num_workers:
-        _mark_flags_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.multiprocessing.MultiprocessingOptions(
-                num_workers=num_workers, per_worker_buffer_size=2
-            )
-        )
-    return iter(dataset)
-
-
-def _mark_flags_as_parsed() -> None:
-    """Let Grain 0.2.18's workers start where absl has parsed no flags (grain #1355)."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

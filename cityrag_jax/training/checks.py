@@ -54,6 +54,11 @@ def check_config(config: ConfigDict) -> None:
         f"train.mesh {mesh} has {count} places for {devices} devices; its product must "
         f"be {devices} (a size of -1 is what remains), or 1 to use one device.",
     )
+    require(
+        count > 1 or jax.process_count() == 1,
+        f"train.mesh {mesh} uses one device, but there are {jax.process_count()} "
+        f"processes; its product must be {devices}.",
+    )
     over = {**RULES, **dict(t.rules)}["batch"]
     ways = int(np.prod([mesh[name] for name in over]))
     together = clips_at_once(config)

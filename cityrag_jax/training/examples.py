@@ -7,26 +7,28 @@ seen.
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
 from cityrag_jax.data.clips import (
     ClipConfig,
-    held_out_clips,
+    held_out_plans,
+    make_clip,
     stack_clips,
-    training_clips,
 )
+from cityrag_jax.data.loader import training_clips
 from cityrag_jax.data.pairs import Pairs, load_pairs
 from cityrag_jax.data.store import City
-from cityrag_jax.parallel import batch_axes
+from cityrag_jax.parallel import batch_share, is_writer, place_batch
 from cityrag_jax.training.task import Examples
 
 Sources = list[tuple[City, Pairs]]
@@ -66,18 +68,41 @@ def stream(
 
     They hold `size` clips, or as many as an update takes.
     """
+    size = size or config.train.batch_size
     batches = training_clips(
         [(city, pairs.training) for city, pairs in sources],
         clip_config(config.data),
-        batch_size=size or config.train.batch_size,
+        batch_size=size,
         seed=config.seed,
         start_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=batch_share(mesh, size),
         num_threads=config.data.threads,
         num_workers=config.data.workers,
     )
-    return (place(clip, mesh) for clip in batches)
+    return (place_batch(clip, mesh, size) for clip in batches)
+
+
+class Waiting:
+    """An iterator that counts the seconds spent waiting for it."""
+
+    def __init__(self, iterator: Iterator):
+        self._iterator = iterator
+        self._seconds = 0.0
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        began = time.monotonic()
+        try:
+            return next(self._iterator)
+        finally:
+            self._seconds += time.monotonic() - began
+
+    def take_seconds(self) -> float:
+        """Give the seconds since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 class Pool:
@@ -111,6 +136,7 @@ class Pool:
             desc="encoding clips",
             unit="batch",
             dynamic_ncols=True,
+            disable=not is_writer(),
         )
         with bar:
             while self._next < joined:
@@ -190,29 +216,19 @@ def held_out_examples(
     mesh: Mesh | None,
 ) -> list[Examples]:
     """Encode `eval.clips` held-out clips, shared among the cities, in batches."""
+    clips = clip_config(config.data)
     share = -(-config.eval.clips // len(sources))
-    clips = [
-        clip
+    limits = dict(seed=config.eval.seed, min_rotation_deg=config.eval.min_rotation_deg)
+    plans = [
+        (city, plan)
         for city, pairs in sources
-        for clip in held_out_clips(
-            city,
-            pairs,
-            clip_config(config.data),
-            share,
-            seed=config.eval.seed,
-            min_rotation_deg=config.eval.min_rotation_deg,
-        )
+        for plan in held_out_plans(city, pairs, clips, share, **limits)
     ][: config.eval.clips]
     size = clips_at_once(config)
-    groups = [clips[i : i + size] for i in range(0, len(clips), size)]
-    return [encode(place(stack_clips(group), mesh)) for group in groups]
-
-
-def place(clip: Clip, mesh: Mesh | None) -> Clip:
-    """Put this process's share of a batch on its devices."""
-    if mesh is None:
-        return clip
-    sharding = NamedSharding(mesh, PartitionSpec(batch_axes()))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), clip
-    )
+    rows = batch_share(mesh, size)
+    batches = []
+    for first in range(0, len(plans), size):
+        mine = [make_clip(*plans[first + row], clips) for row in rows]
+        batch = place_batch(stack_clips(mine), mesh, size)
+        batches.append(encode(batch))
+    return batches

@@ -16,8 +16,21 @@ import tqdm
 TIMED_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} s{postfix}"
 
 
-class TrainingLog:
-    """Reports of one process; a resumed training goes on in the same files.
+class NoLog:
+    """What the processes that are not the writer report to."""
+
+    def report(
+        self, step: int, metrics: Mapping[str, float], seconds: float = 0.0
+    ) -> None:
+        """Do nothing, as all else here."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class TrainingLog(NoLog):
+    """Reports of a training; one that is resumed goes on in the same files.
 
     The bar counts steps, or seconds where `max_seconds` limits the time.
     """
@@ -51,7 +64,8 @@ class TrainingLog:
     ) -> None:
         """Write the numbers of a step, with the speed since the last report.
 
-        `seconds` is what is spent of the limit of time.
+        `seconds` is what is spent of the limit of time. Of `data_wait_s`, the seconds
+        that a step waited for its clips, the bar shows what can be noticed.
         """
         now = time.monotonic()
         speed = (step - self._step) / max(now - self._time, 1e-9)
@@ -59,6 +73,8 @@ class TrainingLog:
         self._bar.update(done - self._bar.n)
         shown = {"step": str(step)} if self._timed else {}
         shown |= {k: f"{metrics[k]:.4f}" for k in ("loss", "held_out") if k in metrics}
+        if metrics.get("data_wait_s", 0) >= 0.01:
+            shown["data wait"] = f"{metrics['data_wait_s']:.2f} s"
         self._bar.set_postfix(shown)
         self._step, self._time = step, now
         self.write(step, {**metrics, "steps_per_second": speed})

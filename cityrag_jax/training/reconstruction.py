@@ -19,6 +19,7 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.diffusion import flow
 from cityrag_jax.encode import to_unit
 from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.parallel import fetch
 from cityrag_jax.training.task import Task
 
 STATISTICS_BATCHES = 32  # of training clips, for mean and deviation of the latents
@@ -118,7 +119,7 @@ class VAEReconstruction(Task):
             return super().finish(params, encoders, clips)
         measure = jax.jit(self._moments)
         some = itertools.islice(clips, STATISTICS_BATCHES)
-        moments = [jax.device_get(measure(params, clip.frames)) for clip in some]
+        moments = [fetch(measure(params, clip.frames)) for clip in some]
         first = np.mean([m[0] for m in moments], axis=0, dtype=np.float64)
         second = np.mean([m[1] for m in moments], axis=0, dtype=np.float64)
         config = dataclasses.replace(
