@@ -1,6 +1,7 @@
 """Models and training states survive the disk exactly, or a clear error is raised."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -25,6 +26,9 @@ from cityrag_jax.checkpoint import (
     verify_bundle,
     with_parameters,
 )
+from cityrag_jax.checkpoint.digests import _summing, sum_arrays
+from cityrag_jax.checkpoint.items import abstract_layer
+from cityrag_jax.checkpoint.training import _unstack_onto
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
@@ -327,6 +331,55 @@ def test_momentum_split_by_layers_is_restored_so(rng, tmp_path):
         read, _ = checkpoints.restore(_abstract(group), STACKED)
     assert read["optimizer"]["blocks.w.kernel"].sharding == by_layers
     np.testing.assert_array_equal(read["optimizer"]["blocks.w.kernel"], momentum)
+
+
+def _split_by_layers():
+    mesh = make_mesh(2, 2, 2)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None, None))
+    x = np.random.default_rng(0).normal(size=(8, 16, 24)).astype(np.float32)
+    return jax.device_put(x, sharding)
+
+
+def test_layers_are_saved_from_shards_and_never_from_copies():
+    """Momentum split over its layers: each of them becomes split over its rows."""
+    x = _split_by_layers()
+    layer = abstract_layer(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
+    compiled = _unstack_onto(layer.sharding, len(x)).lower(x).compile()
+    assert compiled.memory_analysis().output_size_in_bytes <= x.nbytes // 8 + 8 * 64
+    assert not re.search(r"= \S+ (all-gather|all-reduce)", compiled.as_text())
+    for whole, part in zip(x, _unstack_onto(layer.sharding, 8)(x), strict=True):
+        assert part.addressable_shards[0].data.nbytes == part.nbytes // 8
+        np.testing.assert_array_equal(part, whole)
+
+
+def test_sums_are_made_where_the_shards_are():
+    """No device gets more than its own, and the mesh does not matter."""
+    x = _split_by_layers()
+    text = _summing(x.sharding).lower(x).compile().as_text()
+    assert not re.search(r"all-(gather|reduce|to-all)|collective", text)
+    alone = jnp.asarray(np.asarray(x))
+    assert sum_arrays({"x": x}) == sum_arrays({"x": alone})
+    mesh = make_mesh(2, 2, 2)
+    for spec in ((None, "fsdp"), (None, None, ("data", "fsdp")), ("data", "fsdp"), ()):
+        turned = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        with jax.set_mesh(mesh):  # as in a training
+            assert sum_arrays({"x": turned}) == sum_arrays({"x": alone})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int32"])
+def test_a_sum_sees_every_bit_and_every_exchange(rng, dtype):
+    x = np.array(jnp.asarray(rng.normal(size=(5, 7)) * 40, dtype))
+    digest = lambda x: sum_arrays({"x": jnp.asarray(x)})["x"]  # noqa: E731
+    before = digest(x)
+    assert before >= 2**32  # no crc32
+    assert digest(x.T) != before != digest(x.reshape(-1)[::-1].reshape(x.shape))
+    bits = x.view(np.uint8).reshape(-1)
+    for place in (0, 3, bits.size - 1):
+        for bit in range(8):
+            bits[place] ^= 1 << bit
+            assert digest(x) != before
+            bits[place] ^= 1 << bit
+    assert digest(x) == before
 
 
 def test_only_the_newest_are_kept(rng, tmp_path):

@@ -294,7 +294,7 @@ def is_stacked(name: str, stacked: frozenset[str]) -> bool:
     return name.rpartition("/")[2] in stacked
 
 
-def abstract_layer(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def abstract_layer(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Give a layer of an abstract stack; what split the layers splits its next axis."""
     sharding = _layer_sharding(x.shape, x.sharding)
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)

@@ -40,7 +40,7 @@ from cityrag_jax.checkpoint.descriptions import (
 from cityrag_jax.checkpoint.digests import (
     check_digests,
     compare_names,
-    digest_arrays,
+    sum_arrays,
     unreadable,
 )
 from cityrag_jax.checkpoint.files import renamed
@@ -145,7 +145,7 @@ class TrainingCheckpoints:
         """
         self.wait()
         items = {g: _to_items(_flatten(tree), stacked) for g, tree in groups.items()}
-        digests = {group: digest_arrays(arrays) for group, arrays in items.items()}
+        digests = {group: sum_arrays(arrays) for group, arrays in items.items()}
         text = json.dumps({"format": FORMAT, "digests": digests, "notes": dict(notes)})
         nonempty = {group: arrays for group, arrays in items.items() if arrays}
         self._pending = self._checkpointer.save_checkpointables_async(
@@ -269,9 +269,15 @@ def _flatten(tree: PyTree) -> Arrays:
     return {keystr(path): leaf for path, leaf in leaves}
 
 
-@jax.jit
-def _unstack(x: jax.Array) -> list[jax.Array]:
-    return [x[i] for i in range(x.shape[0])]
+@functools.cache
+def _unstack_onto(layer: Sharding, count: int):
+    """Jit the cutting of a stack into layers, each on shards of its own.
+
+    Left to the compiler, what is split over the layers would be copied to all devices.
+    """
+    return jax.jit(
+        lambda x: [x[i] for i in range(count)], out_shardings=[layer] * count
+    )
 
 
 @functools.cache
@@ -288,7 +294,8 @@ def _to_items(arrays: Mapping[str, Any], stacked: frozenset[str]) -> Arrays:
     for name, x in arrays.items():
         if is_stacked(name, stacked):
             names = _layer_names(name, x.shape[0])
-            items |= zip(names, _unstack(x), strict=True)
+            layer = abstract_layer(x).sharding
+            items |= zip(names, _unstack_onto(layer, len(x))(x), strict=True)
         else:
             items[name] = x
     return items

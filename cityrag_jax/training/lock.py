@@ -6,6 +6,7 @@ belongs to a living training and is respected, one that is not is taken over, as
 job that was moved to another machine. No clocks of different machines are compared.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -61,7 +62,7 @@ class WorkdirLock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
-            if self.path.exists():
+            with contextlib.suppress(FileNotFoundError):
                 os.utime(self.path)
 
 
