@@ -55,7 +55,7 @@ def write_arrays(
 
     `dtype` casts them, int8 as `quantise.py` says.
     """
-    on_writer(lambda: folder.mkdir(parents=True))
+    on_writer(lambda: folder.mkdir(parents=True, exist_ok=True))
     digests = {}
     for item, arrays in _split_items(values, stacked):
         if dtype is not None and np.dtype(dtype) == INT8:
