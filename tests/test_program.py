@@ -92,6 +92,7 @@ def _look(monkeypatch, config, workdir, look):
     trainer.train(config, workdir)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sizes, pool", [((1, 1, 1), 0), ((2, 2, 2), 0), ((2, 2, 2), 8)]
 )
@@ -203,6 +204,7 @@ def first_update(folder):
     return update
 
 
+@pytest.mark.long  # four programs of a whole update
 def test_streamed_clips_and_encoded_ones_make_the_same_update(first_update):
     """Swapped conditions included: the pixels of one are the latents of the other.
 

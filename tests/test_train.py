@@ -241,10 +241,11 @@ def test_a_text_to_video_base_gets_the_first_images_channels(folder, config):
     changed.train.init_from = str(start)
     changed.train.max_seconds = 1e-3
     changed.train.save_dtype = "float32"
-    task = make_task(changed, read_start(changed))
+    given = read_start(changed)
+    task = make_task(changed, given)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(parameters(task._abstract), here)
-    model = with_parameters(task._abstract, task.initial_parameters(shardings))
+    model = with_parameters(task._abstract, task.initial_parameters(given, shardings))
     noise = jax.random.normal(jax.random.key(0), (1, 2, 4, 4, 16))
     seen = jnp.concatenate([noise, jnp.ones((1, 2, 4, 4, 20))], axis=-1)
     rest = jnp.full(1, 500.0), jnp.ones((1, 1, 8))
@@ -452,7 +453,8 @@ def test_the_type_of_the_autoencoder_is_a_key_and_stays_with_the_model(config):
     changed = config.copy_and_resolve_references()
     changed.model.vae_dtype = "bfloat16"
     for given, dtype in ((config, "float32"), (changed, "bfloat16")):
-        base = make_task(given, read_start(given)).base
+        start = read_start(given)
+        base = make_task(given, start).base({"vae": start.modules["vae"]})
         assert base.descriptions["vae"]["config"]["dtype"] == dtype
         assert jnp.dtype(base.modules["vae"].quant_conv.dtype) == dtype
 

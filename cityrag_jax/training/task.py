@@ -83,7 +83,7 @@ class Task(abc.ABC):
     def _draw_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
         return draw_parameters(self.description, self.seed, shardings)
 
-    def _adjust(self, given: Params, fresh: Params) -> Params:
+    def _adjust(self, given: Arrays, shapes: Arrays) -> Arrays:
         """Bring a start of another kind to the shapes that are trained here."""
         return given
 

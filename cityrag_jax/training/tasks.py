@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import (
+    Arrays,
     Bundle,
     Description,
     abstract_model,
@@ -115,8 +116,8 @@ class CityRAG(Task):
         unused = ("blocks.cross_attention.q.kernel", "blocks.cross_attention.k.kernel")
         return fresh | {n: jnp.zeros_like(fresh[n]) for n in unused if n in fresh}
 
-    def _adjust(self, given, fresh):
-        return add_input_channels(given, fresh)
+    def _adjust(self, given, shapes):
+        return add_input_channels(given, shapes)
 
     def _continue(self, fresh, given):
         """Go on with a whole model, or begin the branches of a base without them."""
@@ -218,7 +219,7 @@ class CityRAG(Task):
         return flow.loss(velocity, noise, latents)
 
 
-def add_input_channels(given: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+def add_input_channels(given: Arrays, shapes: Arrays) -> Arrays:
     """Let a text-to-video base see mask and first image behind its own channels.
 
     The new ones start at zero: at first the base makes of its noise what it always did.
@@ -226,7 +227,7 @@ def add_input_channels(given: dict[str, Any], fresh: dict[str, Any]) -> dict[str
     name = "patch_embedding.kernel"  # its rows go channel by channel
     if name not in given:
         return given
-    missing = fresh[name].shape[0] - given[name].shape[0]
+    missing = shapes[name].shape[0] - given[name].shape[0]
     if missing <= 0:
         return given
     return given | {name: jnp.pad(given[name], ((0, missing), (0, 0)))}
