@@ -33,7 +33,7 @@ demo: .venv/installed
 	$(RUN) tools/demo.py --out=$(DEMO)
 
 test: .venv/installed-tests
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/installed-tests
 	$(RUN) -m pytest -n 2 --dist loadfile -m long

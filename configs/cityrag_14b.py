@@ -118,5 +118,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.sample.scales = (5.0,)  # assumed
     config.sample.spacing_m = 0.5  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
-    config.sample.fps = 16.0
+    config.sample.fps = 10.0  # assumed: captures come at about 10 a second (3.1)
     return config.lock()
