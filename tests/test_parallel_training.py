@@ -148,10 +148,10 @@ OVER_BOTH = ("fsdp", "sequence")
 @pytest.mark.parametrize(
     "sizes, embed, parts",
     [
-        ((8, 1, 1), OVER_FSDP, 1),
+        pytest.param((8, 1, 1), OVER_FSDP, 1, marks=pytest.mark.long),
         ((1, 8, 1), OVER_FSDP, 1),
-        ((1, 1, 8), OVER_FSDP, 1),
-        ((1, 1, 8), OVER_BOTH, 1),
+        pytest.param((1, 1, 8), OVER_FSDP, 1, marks=pytest.mark.long),
+        pytest.param((1, 1, 8), OVER_BOTH, 1, marks=pytest.mark.long),
         ((2, 2, 2), OVER_FSDP, 1),
         ((2, 2, 2), OVER_BOTH, 2),
     ],

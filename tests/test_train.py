@@ -190,6 +190,7 @@ def with_clip(folder):
     return save_bundle(folder / "clip", Bundle(modules, descriptions, text))
 
 
+@pytest.mark.long
 def test_a_transformer_with_image_features_is_shown_the_first_image(
     folder, config, with_clip
 ):
@@ -226,6 +227,7 @@ def test_image_features_without_their_tower_are_refused(config, folder, with_cli
         trainer.train(changed, folder / "wrong_clip")
 
 
+@pytest.mark.long
 def test_a_text_to_video_base_gets_the_first_images_channels(folder, config):
     """They start at zero, so its velocity is what it was, whatever they show."""
     changed = config.copy_and_resolve_references()
@@ -282,6 +284,7 @@ def test_streaming_stops_at_the_limit_of_time_and_starts_from_a_model(
     assert lines[0]["held_out"] == pytest.approx(last["held_out"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_adapters_are_trained_beside_a_frozen_base(folder, config, finished):
     """As full training of the branches goes on; the base is the start's, bit by bit."""
     changed = config.copy_and_resolve_references()
@@ -304,6 +307,7 @@ def test_adapters_are_trained_beside_a_frozen_base(folder, config, finished):
         assert same == name.startswith("blocks."), name
 
 
+@pytest.mark.long
 def test_a_model_stored_as_int8_starts_another_training(folder, config):
     """No flag says what it is; the held-out loss goes on where it was."""
     changed = config.copy_and_resolve_references()
@@ -344,6 +348,7 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(folder):
         assert same == frozen or not np.any(old[name]), name
 
 
+@pytest.mark.long
 def test_frozen_parameters_stay_bitwise_and_stand_in_no_checkpoint(folder, config):
     """Through the door, resumed in between; drawn once, kept beside the autoencoder."""
     changed = config.copy_and_resolve_references()
@@ -547,6 +552,7 @@ def test_an_update_that_is_not_finite_changes_nothing():
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_parts_of_a_batch_make_the_update_of_the_whole(config):
     """Clips draw, drop and swap what they do in the whole batch, to 1e-6 of float32."""
     task = _task(config)
