@@ -20,6 +20,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -132,6 +133,7 @@ class _Training:
         """Train from the state on, which is taken over; return the model's folder."""
         config, program = self.config, self.program
         first = int(state.step)
+        update = self._compile_ahead()  # while the first clips are encoded
         encode = functools.partial(program.encode, encoders)
         held_out = held_out_examples(encode, self.sources, config, self.mesh)
         batches = Waiting(self._batches(first, encode))
@@ -148,8 +150,9 @@ class _Training:
         intervals = config.train
         held = measure(state)
         log.write(first, held)
+        update = update.result()
         while step < intervals.steps:
-            state, metrics = program.update(state, frozen, encoders, next(batches))
+            state, metrics = update(state, frozen, encoders, next(batches))
             losses.add(step, metrics)
             step += config.train.updates_per_call
             if clock is None:
@@ -183,6 +186,19 @@ class _Training:
         _say(f"Step {step}, held-out loss {held['held_out']:.4f}.")
         _say(describe_end(config, path))
         return path
+
+    def _compile_ahead(self) -> Future[jax.stages.Compiled]:
+        """Compile the update in a thread of its own, where nothing waits for it."""
+        rules = dict(self.config.train.rules)
+
+        def compile_update():
+            with layout(self.mesh, rules):  # a context holds in its own thread alone
+                return self.program.update.lower(*self.program.arguments).compile()
+
+        worker = ThreadPoolExecutor(1)
+        compiled = worker.submit(compile_update)
+        worker.shutdown(wait=False)
+        return compiled
 
     def _open_log(self, first: int) -> NoLog:
         if not is_writer():
