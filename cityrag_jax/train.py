@@ -143,7 +143,14 @@ class _Training:
         def measure(state):
             """Average the held-out losses, of averaged parameters if there are any."""
             params = frozen | (state.ema or state.params)
-            losses = [program.measure(params, encoders, batch) for batch in held_out]
+            losses = {
+                name: [
+                    program.measure(params, encoders, batch, probe)
+                    for probe in probes
+                    for batch in held_out
+                ]
+                for name, probes in program.task.probes.items()
+            }
             return mean_losses(fetch(losses))
 
         losses, step, clock = _Losses(config.train.patience), first, None
@@ -275,12 +282,9 @@ class _Losses:
         return mean | {"refused": float(bad.sum())}
 
 
-def mean_losses(batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Average the losses of clips over all batches, name by name."""
-    return {
-        name: float(np.mean(np.concatenate([losses[name] for losses in batches])))
-        for name in batches[0]
-    }
+def mean_losses(losses: dict[str, list[np.ndarray]]) -> dict[str, float]:
+    """Average the losses of clips over batches and probes, name by name."""
+    return {name: float(np.mean(np.concatenate(x))) for name, x in losses.items()}
 
 
 # --------------------------------------------------------------------------------------

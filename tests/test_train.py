@@ -511,12 +511,16 @@ def _take(examples, index):
 def test_conditions_are_dropped_independently_one_time_in_ten(config):
     task = _task(config)
     seen = []
-    task._flow_loss = lambda params, encoders, examples, key, pose, geo: (
-        seen.append((pose, geo)),
+    task._velocity_loss = lambda params, encoders, examples, sigma, noise, *kept: (
+        seen.append(kept),
         None,
     )
     count = 4000
-    task.loss({}, {}, {"clip_id": jnp.arange(count, dtype=jnp.uint32)}, jnp.int32(0))
+    examples = {
+        "clip_id": jnp.arange(count, dtype=jnp.uint32),
+        "latents": jnp.zeros((count, 1, 1, 1, 16)),
+    }
+    task.loss({}, {}, examples, jnp.int32(0))
     pose, geo = np.asarray(seen[0])
     assert abs((pose == 0).mean() - 0.1) < 0.02
     assert abs((geo == 0).mean() - 0.1) < 0.02

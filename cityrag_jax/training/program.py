@@ -68,7 +68,7 @@ class Program:
         state = begin(params)                                      trained ones, donated
         state, metrics = update(state, frozen, encoders, batch)    state donated
         examples = encode(encoders, clips)
-        losses = measure(params, encoders, examples)               trained and frozen
+        losses = measure(params, encoders, examples, probe)        trained and frozen
 
     `batch` is a `Clip` where the update encodes what it is streamed, else the pool of
     examples that it draws from. Call and lower them with the mesh in context.
@@ -160,7 +160,7 @@ def make_program(
         encode=jax.jit(
             task.encode, out_shardings=None if mesh is None else _rows(mesh)
         ),
-        measure=jax.jit(task.held_out_losses),
+        measure=jax.jit(task.held_out_loss),
     )
 
 

@@ -88,12 +88,12 @@ class VAEReconstruction(Task):
         )(frames, places)
         return self._reconstruction_loss(params, to_unit(windows), noise_keys)
 
-    def held_out_losses(self, params, encoders, examples):
+    def held_out_loss(self, params, encoders, examples, probe):
         """Reconstruct whole clips from the mean of their latents."""
         video = to_unit(examples["frames"])
         vae = with_parameters(self._abstract, params)
         decoded = vae.decode_raw(vae.posterior(video)[0])
-        return {"held_out": reconstruction_errors(decoded, video)}
+        return reconstruction_errors(decoded, video)
 
     def _reconstruction_loss(self, params, video, noise_keys):
         vae = with_parameters(self._abstract, params)

@@ -7,12 +7,12 @@ within a batch.
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
@@ -30,6 +30,19 @@ from cityrag_jax.model.adapters import MARK
 Params = dict[str, Array]
 Examples = dict[str, Array]  # every array has a leading clip axis
 Encoders = dict[str, Any]  # modules by name, and as "text" the prompt's rows
+
+
+DRAWN_LEVEL = np.float32(-1)
+
+
+class Probe(NamedTuple):
+    """Where held-out clips are measured: a draw of noise, and a level or its own.
+
+    Probes are arguments, so that one program measures them all.
+    """
+
+    draw: np.int32
+    level: np.float32
 
 
 class Task(abc.ABC):
@@ -108,14 +121,19 @@ class Task(abc.ABC):
     ) -> tuple[Array, dict[str, Array]]:
         """Measure the training loss of a batch, with what else to report."""
 
-    @abc.abstractmethod
-    def held_out_losses(
-        self, params: Params, encoders: Encoders, examples: Examples
-    ) -> dict[str, Array]:
-        """Measure examples with the same noise and times at every call.
+    @property
+    def probes(self) -> dict[str, list[Probe]]:
+        """Say where held-out clips are measured: a name's losses are averaged.
 
-        `held_out` of every clip is the loss; other names say what it is made of.
+        `held_out` is the loss; other names say what it is made of.
         """
+        return {"held_out": [Probe(np.int32(0), DRAWN_LEVEL)]}
+
+    @abc.abstractmethod
+    def held_out_loss(
+        self, params: Params, encoders: Encoders, examples: Examples, probe: Probe
+    ) -> Float[Array, " B"]:
+        """Measure each example at a probe, the same at every call."""
 
     def base(self, encoders: Encoders) -> Bundle:
         """Give what the training does not change but a model needs."""

@@ -30,7 +30,7 @@ from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 from cityrag_jax.training.reconstruction import VAEReconstruction, describe_autoencoder
-from cityrag_jax.training.task import Examples, Task
+from cityrag_jax.training.task import DRAWN_LEVEL, Examples, Probe, Task
 
 MASK_CHANNELS = 4
 # What a clip is shown of the place, before and behind the encoders.
@@ -154,9 +154,10 @@ class CityRAG(Task):
     def loss(self, params, encoders, examples, step):
         """Flow-matching loss at one noise level for each clip."""
         key, drawn = self._draw(examples["clip_id"], step)
+        sigma, noise = self._draw_flow(key, examples)
         keep = (drawn[:, :2] >= self.drop).astype(jnp.float32)
-        given = (params, encoders, examples, key, keep[:, 0], keep[:, 1])
-        return self._flow_loss(*given)[0], {}
+        given = (params, encoders, examples, sigma, noise, keep[:, 0], keep[:, 1])
+        return self._velocity_loss(*given)[0], {}
 
     def _draw(self, clip_id, step):
         """Give the key of noise and levels, and three uniform numbers for each clip."""
@@ -165,29 +166,28 @@ class CityRAG(Task):
         drop_keys = flow.clip_keys(drop_key, clip_id)
         return flow_key, jax.vmap(lambda k: jax.random.uniform(k, (3,)))(drop_keys)
 
-    def held_out_losses(self, params, encoders, examples):
-        """Mean over `eval.draws` fixed draws for each clip, nothing dropped.
+    @property
+    def probes(self):
+        """Fixed draws for each clip, and one draw at each of `eval.noise_levels`.
 
-        Beside it the loss at each of `eval.noise_levels`. Where it is near 1 at a low
-        level, the latents hold as much as that which nothing can predict.
+        Where the loss is near 1 at a low level, the latents hold as much as that which
+        nothing can predict.
         """
-        clip_id = examples["clip_id"]
-        keep = jnp.ones(clip_id.shape)
-        keys = jax.random.split(jax.random.key(self.eval_seed), self.draws)
-        values = params, encoders, examples
-        losses = [self._flow_loss(*values, key, keep, keep)[1] for key in keys]
-        levels = {}
-        for level in self.levels:
-            _, noise = self._draw_flow(keys[0], examples)
-            sigma = jnp.full(clip_id.shape, level, jnp.float32)
-            loss = self._velocity_loss(*values, sigma, noise, keep, keep)
-            levels[f"held_out_at_{level:g}"] = loss[1]
-        return {"held_out": jnp.stack(losses).mean(axis=0)} | levels
+        draws = [Probe(np.int32(draw), DRAWN_LEVEL) for draw in range(self.draws)]
+        levels = {
+            f"held_out_at_{level:g}": [Probe(np.int32(0), np.float32(level))]
+            for level in self.levels
+        }
+        return {"held_out": draws} | levels
 
-    def _flow_loss(self, params, encoders, examples, key, keep_pose, keep_geo):
-        sigma, noise = self._draw_flow(key, examples)
-        given = (params, encoders, examples, sigma, noise, keep_pose, keep_geo)
-        return self._velocity_loss(*given)
+    def held_out_loss(self, params, encoders, examples, probe):
+        """Measure velocities at a probe's noise and level, nothing dropped."""
+        keys = jax.random.split(jax.random.key(self.eval_seed), self.draws)
+        sigma, noise = self._draw_flow(keys[probe.draw], examples)
+        sigma = jnp.where(probe.level == DRAWN_LEVEL, sigma, probe.level)
+        keep = jnp.ones(sigma.shape)
+        given = (params, encoders, examples, sigma, noise, keep, keep)
+        return self._velocity_loss(*given)[1]
 
     def _draw_flow(self, key, examples):
         shape = examples["latents"].shape[1:]
