@@ -9,10 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from cityrag_jax.batch import PATCH, SPACE_STRIDE, TIME_STRIDE, Clip, Conditions
+from cityrag_jax.batch import (
+    PATCH,
+    SPACE_STRIDE,
+    TIME_STRIDE,
+    Clip,
+    Conditions,
+    latent_frames,
+)
 from cityrag_jax.model.clip_vision import CLIPVision
 from cityrag_jax.model.umt5 import UMT5Encoder
 from cityrag_jax.model.vae import WanVAE
+from cityrag_jax.parallel import axis_size, spread_rows
 
 CUBIC = -0.75  # the reference's kernel; Catmull-Rom would be -0.5
 CLIP_SIZE = 224
@@ -141,9 +149,27 @@ def image_to_video_conditions(
     )
 
 
-def encode_target(vae: WanVAE, clip: Clip) -> Float32[Array, "B t h w z"]:
-    """Encode the target video of a batch of clips."""
-    return vae.encode(to_unit(clip.frames))
+def encode_videos(
+    vae: WanVAE, *videos: UInt8[Array | np.ndarray, "B _ H W 3"]
+) -> tuple[Float32[Array, "B _ h w z"], ...]:
+    """Encode videos of the same clips, spread over all devices.
+
+    For that the shorter are padded: latents do not see what comes behind them.
+    """
+    longest = max(video.shape[1] for video in videos)
+
+    def pad(video):
+        behind = longest - video.shape[1]
+        return jnp.pad(video, ((0, 0), (0, behind), (0, 0), (0, 0), (0, 0)))
+
+    if axis_size("sequence") == 1:
+        return tuple(vae.encode(to_unit(video)) for video in videos)
+    padded = map(pad, videos)
+    made = spread_rows(lambda rows: vae.encode(to_unit(rows)), *padded)
+    return tuple(
+        latents[:, : latent_frames(video.shape[1])]
+        for latents, video in zip(made, videos, strict=True)
+    )
 
 
 def encode_conditions(
@@ -158,16 +184,37 @@ def encode_conditions(
     transformer takes image features. The condition video is encoded padded, and its
     latents count 1 + (n - 1) // 4 for n real frames.
     """
-    batch = clip.frames.shape[0]
-    images = to_unit(clip.frames[:, 0])
-    num_frames = clip.first_from_camera.shape[1]
-    lengths = jnp.asarray(clip.condition_length)
+    (geo_latents,) = encode_videos(vae, clip.condition)
+    return _conditions(vae, clip, text, clip_vision, geo_latents)
+
+
+def encode_clips(
+    vae: WanVAE,
+    clip: Clip,
+    text: Float[Array | np.ndarray, "S E"],
+    clip_vision: CLIPVision | None = None,
+) -> tuple[Float32[Array, "B t h w z"], Conditions]:
+    """Encode the target videos, too: give their latents and the conditions."""
+    latents, geo_latents = encode_videos(vae, clip.frames, clip.condition)
+    return latents, _conditions(vae, clip, text, clip_vision, geo_latents)
+
+
+def _conditions(vae, clip, text, clip_vision, geo_latents):
+    batch, num_frames = clip.first_from_camera.shape[:2]
+    images = clip.frames[:, 0]
+
+    def condition(images):
+        return first_frames_conditioning(vae, to_unit(images), num_frames)
+
+    def features(images):
+        return clip_vision(jax.vmap(clip_pixels)(to_unit(images)))
+
     return Conditions(
         text=jnp.broadcast_to(jnp.asarray(text)[None], (batch, *text.shape)),
-        image=clip_vision and clip_vision(jax.vmap(clip_pixels)(images)),
-        first_frame=first_frames_conditioning(vae, images, num_frames),
-        geo_latents=vae.encode(to_unit(clip.condition)),
-        geo_length=1 + (lengths - 1) // TIME_STRIDE,
+        image=clip_vision and spread_rows(features, images)[0],
+        first_frame=spread_rows(condition, images)[0],
+        geo_latents=geo_latents,
+        geo_length=1 + (jnp.asarray(clip.condition_length) - 1) // TIME_STRIDE,
         keep_geo=jnp.ones(batch),
         poses=jnp.asarray(clip.first_from_camera),
         keep_pose=jnp.ones(batch),

@@ -29,7 +29,7 @@ from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import computing_in, latest_model
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
-from cityrag_jax.encode import encode_target
+from cityrag_jax.encode import encode_videos
 from cityrag_jax.metrics.image import (
     clip_psnr,
     compare_gradients,
@@ -123,7 +123,7 @@ def recolour(clips: Clip) -> Videos:
 def reconstruct(generator: Generator, clips: Clip) -> Videos:
     """Encode and decode the truth: what no model behind this autoencoder can pass."""
     vae = generator.bundle.modules["vae"]
-    return np.asarray(decode(vae, jax.jit(encode_target)(vae, clips)))
+    return np.asarray(decode(vae, jax.jit(encode_videos)(vae, clips.frames)[0]))
 
 
 def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:

@@ -13,6 +13,7 @@ Sequence exchange after DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from einops import rearrange
 from flax import nnx
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int64, PyTree
+from jaxtyping import Array, Float, Int, Int64, PyTree, Shaped
 
 MESH_AXES = ("data", "fsdp", "sequence")
 KEPT = Path("cityrag_jax", "xla")  # compiled programs, in the user's cache folder
@@ -275,6 +277,31 @@ def shard(x: Array, *axes: str | None) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes))
+
+
+def spread_rows(
+    function: Callable[[Array], Array], *batches: Shaped[Array, "B ..."]
+) -> tuple[Array, ...]:
+    """Apply a function of rows to batches of one shape, all devices sharing the rows.
+
+    The devices that hold the tokens of the same clips (`sequence`) would all do all of
+    its rows; here each does some. Where they do not come out even, rows of zeros do.
+    """
+    share = axis_size("sequence")
+    if share == 1:
+        return tuple(map(function, batches))
+    size, parts = len(batches[0]), math.prod(map(axis_size, batch_axes()))
+    axes = batch_axes() if size % parts == 0 else ()
+    count = len(batches)
+    while size * count % (share * parts if axes else share):
+        count += 1
+    empty = [jnp.zeros_like(batches[0])] * (count - len(batches))
+    rows = rearrange(jnp.stack([*batches, *empty], axis=1), "B n ... -> (B n) ...")
+    places = PartitionSpec((*axes, "sequence"))
+    made = function(jax.lax.with_sharding_constraint(rows, places))
+    made = rearrange(made, "(B n) ... -> B n ...", n=count)
+    made = shard(made, "batch", *(None,) * (made.ndim - 1))
+    return tuple(made[:, i] for i in range(len(batches)))
 
 
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:

@@ -8,8 +8,9 @@ from flax import nnx
 from test_batch import make_clip
 
 from cityrag_jax.encode import (
+    encode_clips,
     encode_conditions,
-    encode_target,
+    encode_videos,
     first_frame_conditioning,
     fit_pixel_budget,
     resize_bicubic,
@@ -17,6 +18,7 @@ from cityrag_jax.encode import (
     to_unit,
 )
 from cityrag_jax.model.vae import VAEConfig, WanVAE
+from cityrag_jax.parallel import layout, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +68,33 @@ def test_conditions_of_a_clip_have_the_transformers_shapes(vae):
     clip = make_clip((2,))
     text = np.ones((1, 5), np.float32)
     conditions = jax.eval_shape(encode_conditions, vae, clip, text)
-    assert jax.eval_shape(encode_target, vae, clip).shape == (2, 3, 2, 4, 16)
+    assert jax.eval_shape(encode_videos, vae, clip.frames)[0].shape == (2, 3, 2, 4, 16)
     assert conditions.text.shape == (2, 1, 5)
     assert conditions.first_frame.shape == (2, 3, 2, 4, 20)
     assert conditions.geo_latents.shape == (2, 4, 2, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "clips", "videos"),
+    [((1, 1, 8), 4, 1), ((2, 2, 2), 4, 1), ((1, 1, 8), 1, 1), ((2, 2, 2), 8, 2)],
+)
+def test_all_devices_share_the_videos_of_a_batch(vae, rng, mesh, clips, videos):
+    """Each encodes so many of the two a clip, of 13 frames, and one first image."""
+    clip = make_clip((clips,))
+    frames = rng.integers(0, 256, clip.condition.shape, dtype=np.uint8)
+    changes = dict(frames=frames[:, : clip.frames.shape[1]], condition=frames)
+    clip = type(clip)(**{**vars(clip), **changes})
+    text = np.ones((1, 5), np.float32)
+    programs = [jax.jit(encode_clips).lower(vae, clip, text).compile()]
+    with layout(make_mesh(*mesh)):
+        programs.append(jax.jit(encode_clips).lower(vae, clip, text).compile())
+        spread = programs[1](vae, clip, text)
+    whole = programs[0](vae, clip, text)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # other convolutions
+    flops = [program.cost_analysis()["flops"] for program in programs]
+    frames = clips * (9 + 13 + 9)
+    assert flops[1] / flops[0] < 1.1 * (videos * 13 + 9) / frames
 
 
 def test_generation_sees_what_training_sees(vae, rng):

@@ -24,7 +24,7 @@ from cityrag_jax.checkpoint import (
     with_parameters,
 )
 from cityrag_jax.diffusion import flow
-from cityrag_jax.encode import encode_conditions, encode_target
+from cityrag_jax.encode import encode_clips
 from cityrag_jax.model.adapters import add_adapters
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch, copy_from_base
@@ -131,9 +131,9 @@ class CityRAG(Task):
     def encode(self, encoders, clip):
         """Encode target, first image and condition video with the frozen encoders."""
         vae, text = encoders["vae"], encoders["text"]
-        conditions = encode_conditions(vae, clip, text, encoders.get("clip"))
+        latents, conditions = encode_clips(vae, clip, text, encoders.get("clip"))
         example = {
-            "latents": encode_target(vae, clip),
+            "latents": latents,
             "image": conditions.image,
             "first_frame": conditions.first_frame,
             "geo_latents": conditions.geo_latents,
