@@ -3,10 +3,10 @@
     python tools/export_wan.py --checkpoint=DIR --out=DIR --naming=official|diffusers
 
 --checkpoint is a converted folder or a training workdir (its averaged weights if there
-are any). The branches go along under the names that
-cityrag_jax/convert/README.md lists; --base-only
-leaves Wan alone, which diffusers loads without a remark. Adapters (LoRA) are merged;
---lora writes them alone, as one .safetensors that diffusers and others load.
+are any). The branches go along under the names that cityrag_jax/convert/README.md
+lists; --base-only leaves Wan alone, which diffusers loads without a remark. Adapters
+(LoRA) are merged; --lora writes them alone, as one .safetensors that diffusers and
+others load.
 """
 
 import argparse
