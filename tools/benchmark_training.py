@@ -10,6 +10,7 @@ the operations that it needs, conditions as long as they may be (`training.speed
 `--profile` adds a table of where the device's time went.
 """
 
+import argparse
 import collections
 import re
 import time
@@ -18,11 +19,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
 from cityrag_jax.batch import latent_frames
 from cityrag_jax.checkpoint import draw_parameters
+from cityrag_jax.commands import Command
 from cityrag_jax.parallel import keep_compilations
 from cityrag_jax.training.optimizer import split_frozen
 from cityrag_jax.training.program import Program, assumed_start, make_program
@@ -72,9 +72,8 @@ def set_counts(batch, config):
     return jax.tree_util.tree_map_with_path(set_count, batch)
 
 
-def main(_) -> None:
+def main(given: argparse.Namespace) -> None:
     """Build the update, time some calls, and look inside one of them."""
-    given = flags.FLAGS
     config = given.config
     keep_compilations()
     program = make_program(config, None, assumed_start(config))
@@ -128,11 +127,10 @@ def print_kernels(folder: Path, updates: int, rows: int = 40) -> None:
         print(f"{spent / 1e6 / updates:8.3f} ms {counts[name] / updates:6.1f}  {name}")
 
 
+COMMAND = Command(__doc__)
+COMMAND.needs_config()
+COMMAND.takes("--calls", type=int, default=4, help="to time behind the first")
+COMMAND.takes("--profile", help="folder for a profile of one call")
+
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, such as configs/toy_city.py.", lock_config=True
-    )
-    flags.DEFINE_integer("calls", 4, "Calls to time behind the first.")
-    flags.DEFINE_string("profile", None, "Folder for a profile of one call.")
-    flags.mark_flags_as_required(["config"])
-    app.run(main)
+    COMMAND.run(main)
