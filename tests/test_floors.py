@@ -11,7 +11,8 @@ FLOORS = [
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report"},
     {"sampling", "rollout", "jobs", "plan", "training", "commands"},
-    {"train", "generate", "evaluate", "ui"},
+    {"train", "generate", "evaluate", "doctor", "ui", "__main__"},
+    {"demo"},  # which goes through all doors
 ]
 SHARED = {"parallel", "checkpoint"}  # what model/ and checkpoint may use beside them
 
