@@ -20,8 +20,11 @@ from pathlib import Path
 
 from cityrag_jax.training.log import read_metrics
 
-TRAINED_ON = ("paris", "tokyo", "philadelphia", "london", "sao_paulo")
-UNSEEN = ("sydney", "honolulu")
+TRAINED_ON = {
+    "gpu": ("paris", "tokyo", "philadelphia", "london", "sao_paulo"),
+    "test": ("tokyo",),
+}
+UNSEEN = {"gpu": ("sydney", "honolulu"), "test": ("sydney",)}
 CITY = {
     "gpu": ("--preset=gpu", "--neighbourhoods=2", "--blocks=2", "--height=384"),
     "test": ("--preset=test", "--height=64", "--num_frames=9"),
@@ -63,7 +66,7 @@ class Recipe:
         """List the folders of the cities that are trained on."""
         return [
             self.out / "cities" / f"{name}_{part}"
-            for name in TRAINED_ON
+            for name in TRAINED_ON[self.given.size]
             for part in range(self.given.parts)
         ]
 
@@ -78,7 +81,7 @@ class Recipe:
             self.build(
                 name, self.out / "cities" / name, *sizes, "--held_out_fraction=1"
             )
-            for name in UNSEEN
+            for name in UNSEEN[self.given.size]
         ]
 
     def build(self, name: str, path: Path, *flags: str) -> subprocess.Popen | None:
@@ -165,11 +168,11 @@ class Recipe:
                     *("-m", "cityrag_jax.evaluate", f"--out={path}"),
                     f"--config=configs/toy_city.py:{self.given.size}",
                     f"--checkpoint={self.out / 'weights'}",
-                    f"--city={self.out / 'cities' / UNSEEN[0]}",
+                    f"--city={self.out / 'cities' / UNSEEN[self.given.size][0]}",
                 ),
             )
         )
-        print((self.out / "log" / "scores.txt").read_text())
+        print((path / "table.md").read_text())
 
     def start(self, name: str, arguments, **environment: str) -> subprocess.Popen:
         """Start Python on a tool; what it prints goes to a file of that name."""
