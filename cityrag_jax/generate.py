@@ -10,6 +10,7 @@ hold video.mp4, conditions.mp4 (the retrieved views), overview.png, map.png and
 generate.json with what was used, licences and attributions of the panoramas among it.
 """
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -18,12 +19,13 @@ import cv2
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import logging
 from jaxtyping import Float32, Float64, UInt8
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.checkpoint import Bundle, computing_in, latest_model
+from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, write_image, write_video
@@ -202,32 +204,43 @@ def _write_map(path, made, city, ecef_from_camera):
     )
 
 
-def main(_) -> None:
+COMMAND = Command(__doc__)
+COMMAND.needs_config()
+COMMAND.needs("--checkpoint", help="model folder or training workdir")
+COMMAND.needs("--city", help="city folder, as tools/build_city.py writes it")
+COMMAND.needs("--image", help="photo at the path's first place, JPEG or PNG")
+COMMAND.needs("--path", help="GeoJSON LineString or CSV of lat,lon[,height]")
+COMMAND.needs("--out", help="folder to write to")
+COMMAND.takes(
+    "--seed", type=int, default=0, help="of the noise; equal seeds, equal bytes"
+)
+COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo")
+COMMAND.takes("--text", help="another prompt's rows, by tools/encode_prompt.py")
+COMMAND.switch("--distributed", DISTRIBUTED)
+
+
+def main(given: argparse.Namespace) -> None:
     """Check the inputs, generate, and write the results."""
-    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
     config = given.config
-    try:
-        initialise(given.distributed)
-        report.open_folder(given.out)
-        city = City(given.city)
-        photo = read_image(given.image)
-        poses = read_path(given.path, city, float(config.sample.spacing_m))
-        without = tuple(name for name in given.without if name)
-        text = None if given.text is None else read_text(given.text)
-        made = generate(
-            config,
-            given.checkpoint,
-            city,
-            photo,
-            poses,
-            seed=given.seed,
-            without=without,
-            text=text,
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    initialise(given.distributed)
+    report.open_folder(given.out)
+    city = City(given.city)
+    photo = read_image(given.image)
+    poses = read_path(given.path, city, float(config.sample.spacing_m))
+    without = tuple(name for name in given.without.split(",") if name)
+    text = None if given.text is None else read_text(given.text)
+    made = generate(
+        config,
+        find_shipped(given.checkpoint),
+        city,
+        photo,
+        poses,
+        seed=given.seed,
+        without=without,
+        text=text,
+    )
     facts = dict(
         image=str(given.image),
         path=str(given.path),
@@ -246,23 +259,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, such as configs/toy_city.py.", lock_config=True
-    )
-    flags.DEFINE_string("checkpoint", None, "Model folder or training workdir.")
-    flags.DEFINE_string("city", None, "City folder, as tools/build_city.py writes it.")
-    flags.DEFINE_string("image", None, "Photo at the path's first place, JPEG or PNG.")
-    flags.DEFINE_string(
-        "path", None, "Path: GeoJSON LineString or CSV lat,lon[,height]."
-    )
-    flags.DEFINE_string("out", None, "Folder to write to.")
-    flags.DEFINE_bool("distributed", False, DISTRIBUTED)
-    flags.DEFINE_integer("seed", 0, "Seed of the noise; equal seeds, equal bytes.")
-    flags.DEFINE_list("without", [], "Conditions to leave out: pose, geo.")
-    flags.DEFINE_string(
-        "text", None, "Another prompt's rows, as tools/encode_prompt.py writes them."
-    )
-    flags.mark_flags_as_required(
-        ["config", "checkpoint", "city", "image", "path", "out"]
-    )
-    app.run(main)
+    COMMAND.run(main)
