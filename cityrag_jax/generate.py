@@ -27,12 +27,10 @@ from cityrag_jax import report
 from cityrag_jax.checkpoint import Bundle, computing_in, latest_model
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import ClipConfig
+from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, write_image, write_video
 from cityrag_jax.geo.ecef import ecef_from_enu
-from cityrag_jax.geo.matching import fill_heights
-from cityrag_jax.geo.path_files import parse_path
-from cityrag_jax.geo.trajectory import poses_on_earth
 from cityrag_jax.parallel import (
     DISTRIBUTED,
     initialise,
@@ -60,17 +58,6 @@ def fit_photo(
     shrinks = keep_h > height
     kind = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return cv2.resize(middle, (width, height), interpolation=kind)
-
-
-def read_path(
-    path: Path | str, city: City, spacing_m: float
-) -> Float64[np.ndarray, "N 4 4"]:
-    """Read a path file as camera poses on Earth, one every `spacing_m`."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a GeoJSON or CSV path.")
-    places = fill_heights(city.index, parse_path(path.read_text(), path.name))
-    return poses_on_earth(places, spacing_m)
 
 
 def read_text(path: Path | str) -> Float32[np.ndarray, "S E"]:

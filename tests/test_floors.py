@@ -11,7 +11,7 @@ FLOORS = [
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report"},
     {"sampling", "rollout", "jobs", "plan", "training", "commands"},
-    {"train", "generate", "evaluate", "doctor", "ui", "__main__"},
+    {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},
     {"demo"},  # which goes through all doors
 ]
 SHARED = {"parallel", "checkpoint"}  # what model/ and checkpoint may use beside them
