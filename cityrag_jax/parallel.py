@@ -129,9 +129,14 @@ def on_writer(action: Callable[[], object]) -> None:
 
 def as_the_writer(value: bool) -> bool:
     """Give the writer's value, so that all processes decide the same."""
+    return bool(from_writer(np.asarray(value)))
+
+
+def from_writer(value: np.ndarray | np.generic) -> np.ndarray:
+    """Give the writer's array to all processes, whose own has its shape and type."""
     if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+        return np.asarray(value)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ FLOORS = [
     {"geo", "diffusion", "batch", "flops"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report"},
-    {"sampling", "rollout", "jobs", "plan", "training"},
+    {"sampling", "generator", "rollout", "recording", "jobs", "plan", "training"},
     {"train", "generate", "evaluate", "ui"},
 ]
 SHARED = {"parallel", "checkpoint"}  # what model/ and checkpoint may use beside them
