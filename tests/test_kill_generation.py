@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import synthetic_city as synthetic
 import training_city
@@ -30,7 +31,9 @@ def folder(tmp_path_factory):
     drives = [synthetic.line([0, 0, 2], 0, 100), synthetic.line([1.5, -1, 2], 0, 100)]
     city = synthetic.build(folder / "city", drives)
     save_bundle(folder / "model", bundle_of_no_zeros())
-    photo = city.crops([10], [0.0], height=64, width=96, fov_deg=65.0)[0]
+    photo = city.crops(np.array([10]), np.zeros(1), height=64, width=96, fov_deg=65.0)[
+        0
+    ]
     write_image(folder / "photo.png", photo)
     ends = ecef_from_enu(*synthetic.ANCHOR) @ synthetic.line([0.5, 2, 2], 0, 2, 29.3)
     rows = zip(*geodetic_from_ecef(ends[:, :3, 3]), strict=True)
