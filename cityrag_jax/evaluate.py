@@ -10,6 +10,7 @@ clips scored so far. Streets, and in held-out cities everything, were never trai
 clips turn at least `eval.min_rotation_deg`.
 """
 
+import argparse
 import dataclasses
 import json
 import time
@@ -19,12 +20,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import logging
 from jaxtyping import Float64, UInt8
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip, Conditions
+from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
 from cityrag_jax.generator import MESH, Generator, open_generator, open_mesh, with_mesh
@@ -249,17 +251,23 @@ def draw(examples: dict[str, Videos], batch: Clip) -> UInt8[np.ndarray, "_ _ 3"]
     return report.sheet(pictures, 1, gap=12)
 
 
-def main(_) -> None:
+COMMAND = Command(__doc__)
+COMMAND.needs_config()
+COMMAND.needs("--checkpoint", help="model folder or training workdir")
+COMMAND.needs("--city", help="city folders, separated by commas")
+COMMAND.needs("--out", help="folder to write to")
+COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
+COMMAND.switch("--distributed", DISTRIBUTED)
+
+
+def main(given: argparse.Namespace) -> None:
     """Evaluate and print the table."""
-    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
-    try:
-        initialise(given.distributed)
-        config = with_mesh(given.config, given.mesh)
-        evaluate(config, given.checkpoint, given.city, given.out)
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+    initialise(given.distributed)
+    checkpoint = find_shipped(given.checkpoint)
+    config = with_mesh(given.config, given.mesh)
+    evaluate(config, checkpoint, given.city, given.out)
     if not is_writer():
         return
     print(Path(given.out, "table.md").read_text(), end="")
@@ -267,13 +275,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, such as configs/toy_city.py.", lock_config=True
-    )
-    flags.DEFINE_string("checkpoint", None, "Model folder or training workdir.")
-    flags.DEFINE_string("city", None, "City folders, separated by commas.")
-    flags.DEFINE_string("out", None, "Folder to write to.")
-    flags.DEFINE_string("mesh", None, MESH)
-    flags.DEFINE_bool("distributed", False, DISTRIBUTED)
-    flags.mark_flags_as_required(["config", "checkpoint", "city", "out"])
-    app.run(main)
+    COMMAND.run(main)

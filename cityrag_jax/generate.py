@@ -14,10 +14,10 @@ asked for), overview.png, map.png and generate.json with all that was used, lice
 attributions of the panoramas among it.
 """
 
+import argparse
 import dataclasses
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from typing import Any
 import cv2
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from jaxtyping import Float32, Float64, UInt8
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.checkpoint import identify_model
+from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
 from cityrag_jax.generator import (
@@ -212,68 +213,58 @@ class Parking:
         return self._asked
 
 
-def read_request(given: flags.FlagValues) -> Request:
+def read_request(given: argparse.Namespace) -> Request:
     """Read what the command line names."""
     config = with_mesh(given.config, given.mesh)
     city = City(given.city)
     return Request(
         config,
-        given.checkpoint,
+        find_shipped(given.checkpoint),
         city,
         read_image(given.image),
         read_path(given.path, city, float(config.sample.spacing_m)),
         seed=given.seed,
-        without=tuple(name for name in given.without if name),
+        without=tuple(name for name in given.without.split(",") if name),
         text=None if given.text is None else read_text(given.text),
     )
 
 
-def main(_) -> None:
+COMMAND = Command(__doc__)
+COMMAND.needs_config()
+COMMAND.needs("--checkpoint", help="model folder or training workdir")
+COMMAND.needs("--city", help="city folder, as tools/build_city.py writes it")
+COMMAND.needs("--image", help="photo at the path's first place, JPEG or PNG")
+COMMAND.needs("--path", help="GeoJSON LineString or CSV of lat,lon[,height]")
+COMMAND.needs("--out", help="folder to write to")
+COMMAND.takes(
+    "--seed", type=int, default=0, help="of the noise; equal seeds, equal bytes"
+)
+COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo")
+COMMAND.takes("--text", help="another prompt's rows, by tools/encode_prompt.py")
+COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
+COMMAND.switch("--distributed", DISTRIBUTED)
+
+
+def main(given: argparse.Namespace) -> int:
     """Check the inputs, generate, and write the results."""
-    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
     parking = Parking()
-    try:
-        initialise(given.distributed)
-        report.open_folder(given.out)
-        request = read_request(given)
-        named = ("image", "path", "checkpoint", "text", "seed")
-        facts = {name: getattr(given, name) for name in named}
-        facts |= {"without": list(request.without), "jax": jax.__version__}
-        facts["config"] = json.loads(request.config.to_json())
-        kinds = dict(on_clip=say_clip, stopped=parking, facts=facts)
-        whole = generate_into(given.out, request, **kinds)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
-    if not is_writer():
-        return
-    if whole:
+    initialise(given.distributed)
+    report.open_folder(given.out)
+    request = read_request(given)
+    named = ("image", "path", "checkpoint", "text", "seed")
+    facts = {name: getattr(given, name) for name in named}
+    facts |= {"without": list(request.without), "jax": jax.__version__}
+    facts["config"] = json.loads(request.config.to_json())
+    kinds = dict(on_clip=say_clip, stopped=parking, facts=facts)
+    whole = generate_into(given.out, request, **kinds)
+    if is_writer() and whole:
         print(f"wrote {Path(given.out, VIDEO)}")
-    else:
+    elif is_writer():
         print(f"parked in {given.out}; the same command goes on")
-    sys.exit(0 if whole else 128 + signal.SIGTERM)
+    return 0 if whole else 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, such as configs/toy_city.py.", lock_config=True
-    )
-    flags.DEFINE_string("checkpoint", None, "Model folder or training workdir.")
-    flags.DEFINE_string("city", None, "City folder, as tools/build_city.py writes it.")
-    flags.DEFINE_string("image", None, "Photo at the path's first place, JPEG or PNG.")
-    flags.DEFINE_string(
-        "path", None, "Path: GeoJSON LineString or CSV lat,lon[,height]."
-    )
-    flags.DEFINE_string("out", None, "Folder to write to.")
-    flags.DEFINE_string("mesh", None, MESH)
-    flags.DEFINE_bool("distributed", False, DISTRIBUTED)
-    flags.DEFINE_integer("seed", 0, "Seed of the noise; equal seeds, equal bytes.")
-    flags.DEFINE_list("without", [], "Conditions to leave out: pose, geo.")
-    flags.DEFINE_string(
-        "text", None, "Another prompt's rows, as tools/encode_prompt.py writes them."
-    )
-    flags.mark_flags_as_required(
-        ["config", "checkpoint", "city", "image", "path", "out"]
-    )
-    app.run(main)
+    COMMAND.run(main)

@@ -35,8 +35,8 @@ from cityrag_jax.parallel import (
 from cityrag_jax.sampling import Sampler, draw_noise, read_sampler
 
 MESH = (
-    "Devices to generate on, such as sequence:4 (tokens over 4 devices) or "
-    "data:2,sequence:-1; what config.sample.mesh says if not given."
+    "devices to generate on, such as sequence:4 (tokens over 4 devices) or "
+    "data:2,sequence:-1; what config.sample.mesh says if not given"
 )
 Videos = UInt8[np.ndarray, "B T H W 3"]
 

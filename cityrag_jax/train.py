@@ -15,9 +15,9 @@ happened. DIR will hold:
     model/           the finished model, for generate and evaluate
 """
 
+import argparse
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,12 +25,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import TrainingCheckpoints, save_bundle
+from cityrag_jax.commands import Command
 from cityrag_jax.parallel import (
     DISTRIBUTED,
     as_the_writer,
@@ -323,44 +324,19 @@ def describe_end(config: ConfigDict, path: Path) -> str:
     )
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse flags; an unknown config key becomes one line instead of a traceback."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        message = str(error.args[0]).replace("\\n", " ").replace("\n", " ")
-        keys = [a.split("=")[0] for a in argv if a.startswith("--config.")]
-        sys.exit(f"error: unknown config key in {' '.join(keys)}: {message}")
+COMMAND = Command(__doc__)
+COMMAND.needs_config()
+COMMAND.needs("--workdir", help="folder of this training; the same one goes on with it")
+COMMAND.switch("--distributed", DISTRIBUTED)
 
 
-def main(argv: list[str]) -> None:
+def main(given: argparse.Namespace) -> None:
     """Run the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
     keep_compilations()
-    config = _CONFIG.value
-    if not isinstance(config, ConfigDict):
-        sys.exit("error: the file given by --config cannot be read; does it exist?")
-    try:
-        initialise(_DISTRIBUTED.value)
-        train(config, _WORKDIR.value)
-    except (ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    initialise(given.distributed)
+    train(given.config, given.workdir)
 
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Python file with get_config(variant), such as configs/toy_city.py:demo. Change "
-    "values by --config.section.key=value.",
-    lock_config=True,
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of this training; the same one goes on with it."
-)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, DISTRIBUTED)
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse_flags)
+    COMMAND.run(main)

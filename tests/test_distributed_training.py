@@ -133,7 +133,7 @@ def test_a_second_training_in_a_workdir_is_refused(folder):
     while not (folder / "locked" / "config.json").exists():
         time.sleep(0.1)
     second = training_city.run_trainer(arguments, folder)
-    assert f"process {first.pid} on" in second.stderr and second.returncode == 1
+    assert f"process {first.pid} on" in second.stderr and second.returncode == 2
     first.kill()
     first.wait()
     assert (folder / "locked" / "lock.json").exists()
@@ -144,5 +144,5 @@ def test_a_second_training_in_a_workdir_is_refused(folder):
 def test_what_is_missing_for_a_start_in_several_processes_is_named(folder):
     arguments = [*command(folder, "none", (1, 1, 1)), "--distributed"]
     ended = training_city.run_trainer(arguments, folder)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "needs JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PRO" in ended.stderr

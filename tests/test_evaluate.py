@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path}/out cannot be written to")
     assert "Traceback" not in ended.stderr

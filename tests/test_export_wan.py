@@ -1,5 +1,6 @@
-"""What is trained here opens in PyTorch, from the files and the README alone."""
+"""What is trained here opens in PyTorch: Wan by others' classes, the rest by ours."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -25,12 +25,14 @@ from cityrag_jax.checkpoint import (
     TrainingCheckpoints,
     describe,
     items,
+    latest_model,
     parameters,
     save_bundle,
     stacked_parameters,
 )
-from cityrag_jax.convert import export_checkpoint, load_dit, names
+from cityrag_jax.convert import export_checkpoint, load_dit, names, torch_cityrag
 from cityrag_jax.convert.names import NAMINGS, transformer_names
+from cityrag_jax.convert.torch_cityrag import open_export
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
@@ -68,7 +70,9 @@ T2V = dataclasses.replace(
 HIDDEN = 12
 BRANCHES = ((GeoBranch, {}), (TrajectoryEncoder, {"hidden": HIDDEN}))
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-TOOL = pathlib.Path(__file__).parents[1] / "tools" / "export_wan.py"
+ROOT = pathlib.Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "export_wan.py"
+TOY = ROOT / "configs" / "toy_city_weights"
 
 
 def build(config=SMALL, branches=BRANCHES):
@@ -315,121 +319,6 @@ def test_our_own_loader_opens_the_base_in_official_names(bundles, tmp_path):
     assert_same_bits(parameters(load_dit(tmp_path / "out", SMALL)), base)
 
 
-class TorchCityRAG:
-    """Both branches around diffusers' blocks, written from the README's description.
-
-    Nothing here comes from cityrag_jax: `weights` are the file's tensors.
-    """
-
-    def __init__(self, wan, weights):
-        self.wan, self.weights = wan, weights
-        self.heads = wan.config.num_attention_heads
-        self.eps = wan.config.eps
-
-    def linear(self, name, x):
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
-
-    def pose_addends(self, poses):
-        """[B, T, 4, 4] -> one [B, t, D] a block."""
-        flat = poses.flatten(2)
-        flat = torch.cat([flat[:, :1]] * 3 + [flat], dim=1).transpose(1, 2)
-        weight, bias = self.weights["pose.conv.weight"], self.weights["pose.conv.bias"]
-        hidden = F.silu(F.conv1d(flat, weight, bias, stride=4).transpose(1, 2))
-        hidden = self.linear("pose.mlp.2", F.silu(self.linear("pose.mlp.0", hidden)))
-        count = len(self.wan.blocks)
-        return [self.linear(f"pose.out.{i}", hidden) for i in range(count)]
-
-    def rotation(self, grid):
-        """Unit complex numbers [tokens, head_dim / 2], t then h then w."""
-        half = self.wan.config.attention_head_dim // 2
-        third = self.wan.config.attention_head_dim // 6
-        place = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-        angles = []
-        for axis, pairs in enumerate((half - 2 * third, third, third)):
-            ladder = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-            angles.append(place[axis].reshape(-1, 1) * ladder)
-        angles = torch.cat(angles, dim=1)
-        return torch.polar(torch.ones_like(angles), angles)
-
-    def split(self, x, rotation=None):
-        """[tokens, D] -> [heads, tokens, head_dim], pairs of neighbours turned."""
-        x = x.unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        if rotation is None:
-            return x
-        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-
-    def geo_attention(self, i, query, condition, query_grid, condition_grid):
-        """Attend from one clip's tokens [L, D] to its condition's [S, D]."""
-        name = f"geo.blocks.{i}"
-
-        def norm(part, x):
-            rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-            return x * rms * self.weights[f"{name}.attn.norm_{part}.weight"]
-
-        affine = self.weights[f"{name}.norm.weight"], self.weights[f"{name}.norm.bias"]
-        source = F.layer_norm(condition, condition.shape[-1:], *affine, self.eps)
-        q = norm("q", self.linear(f"{name}.attn.q", query))
-        k = norm("k", self.linear(f"{name}.attn.k", source))
-        q = self.split(q, self.rotation(query_grid))
-        k = self.split(k, self.rotation(condition_grid))
-        v = self.split(self.linear(f"{name}.attn.v", source))
-        logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-        out = (logits.softmax(-1) @ v).transpose(0, 1).flatten(1)
-        return self.linear(f"{name}.attn.o", out)
-
-    def block(self, i, x, context, time6, rotary, geo, grid):
-        block = self.wan.blocks[i]
-        parts = (block.scale_shift_table + time6).chunk(6, dim=1)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
-
-        def modulated(x, shift, scale):
-            return F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
-
-        x = x + gate * block.attn1(modulated(x, shift, scale), None, None, rotary)
-        m = modulated(x, shift, scale)
-        read = [
-            keep * self.geo_attention(i, m[b], tokens, grid, tokens_grid)
-            for b, (tokens, tokens_grid, keep) in enumerate(geo)
-        ]
-        x = x + gate * torch.stack(read)
-        x = x + block.attn2(block.norm2(x), context, None, None)
-        return x + ffn_gate * block.ffn(modulated(x, ffn_shift, ffn_scale))
-
-    def __call__(self, latents, timesteps, text, image, conditions):
-        wan = self.wan
-        x = wan.patch_embedding(latents)
-        grid = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)
-        time, time6, text, image = wan.condition_embedder(timesteps, text, image)
-        context = text if image is None else torch.cat([image, text], dim=1)
-        rotary, geo = wan.rope(latents), self.geo_tokens(conditions)
-        addends = self.pose_addends(conditions["poses"])
-        keep = conditions["keep_pose"][:, None, None]
-        for i in range(len(wan.blocks)):
-            time_i = time6.unflatten(1, (6, -1))
-            x = self.block(i, x, context, time_i, rotary, geo, grid)
-            frames = grid[1] * grid[2]
-            x = x + (keep * addends[i]).repeat_interleave(frames, dim=1)
-        shift, scale = (wan.scale_shift_table + time[:, None]).chunk(2, dim=1)
-        x = wan.proj_out(wan.norm_out(x) * (1 + scale) + shift)
-        x = x.unflatten(1, grid).unflatten(-1, (2, 2, -1))
-        return x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
-
-    def geo_tokens(self, conditions):
-        """Tokens, grid and keep of each clip, cut to its condition's length."""
-        name = "geo.patch_embedding"
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-        video = conditions["geo_latents"].movedim(-1, 1)
-        tokens = F.conv3d(video, weight, bias, stride=(1, 2, 2))
-        lengths = conditions["geo_length"].tolist()
-        cut = [clip[:, :n] for clip, n in zip(tokens, lengths, strict=True)]
-        return [
-            (clip.flatten(1).T, clip.shape[1:], keep)
-            for clip, keep in zip(cut, conditions["keep_geo"], strict=True)
-        ]
-
-
 @pytest.fixture(scope="module", params=[20, None], ids=["i2v", "t2v"])
 def exported(request, tmp_path_factory):
     """A model with an image branch or without, and where it lies in diffusers' names:
@@ -471,14 +360,22 @@ def test_diffusers_opens_the_base_strictly_and_computes_the_same(exported):
     np.testing.assert_allclose(ours, theirs.movedim(1, -1), atol=5e-5)
 
 
-def test_branches_ported_from_the_description_compute_the_same(exported):
+def in_torch(folder, inputs, geo, dtype=torch.float32):
+    """Open an export by the shipped PyTorch code; give its velocity, channels last."""
+    conditions = {name: torch.from_numpy(x) for name, x in geo.items()}
+    conditions["geo_frames"] = conditions.pop("geo_length")
+    conditions["geo_latents"] = conditions["geo_latents"].movedim(-1, 1)
+    with torch.no_grad():
+        velocity = open_export(folder, dtype)(*to_torch(inputs).values(), **conditions)
+    assert velocity.dtype == torch.float32
+    return velocity.movedim(1, -1).numpy()
+
+
+def test_an_export_opened_in_pytorch_computes_the_same(exported):
     """Conditions of other lengths, kept and dropped; all weights random."""
     model, folder = exported
-    wan, weights = open_in_diffusers(folder / "all", strict=False)
     inputs, geo = draw_inputs(model.config)
-    conditions = {name: torch.from_numpy(x) for name, x in geo.items()}
-    with torch.no_grad():
-        theirs = TorchCityRAG(wan, weights)(*to_torch(inputs).values(), conditions)
+    theirs = in_torch(folder / "all", inputs, geo)
     ours = compute(model, inputs, geo)
     # As without branches: diffusers takes timestep angles in float32.
     np.testing.assert_allclose(ours, theirs, atol=5e-5)
@@ -486,6 +383,53 @@ def test_branches_ported_from_the_description_compute_the_same(exported):
     for name in "keep_geo", "keep_pose":
         without = compute(model, inputs, geo | {name: none})
         assert np.abs(without - ours).max() > 0.1, "the branch must matter here"
+
+
+@pytest.mark.long
+def test_the_shipped_toy_weights_open_in_pytorch(tmp_path):
+    """The model that everyone has: trained numbers, int8 on disk, one row of text."""
+    export_checkpoint(TOY, tmp_path / "toy", "diffusers")
+    bundle = latest_model(TOY, dtype=jnp.float32)
+    model = bundle.modules["transformer"]
+    rng = np.random.default_rng(3)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    text = np.load(tmp_path / "toy" / "text.npy")[None]
+    inputs = dict(latents=draw(1, 3, 12, 20, 36), timesteps=np.float32([700.0]))
+    inputs |= dict(text=text, image=None)
+    geo = dict(geo_latents=draw(1, 4, 12, 20, 16), geo_length=np.int32([3]))
+    geo |= dict(keep_geo=np.ones(1, np.float32), poses=draw(1, 9, 4, 4))
+    geo |= dict(keep_pose=np.ones(1, np.float32))
+    theirs = in_torch(tmp_path / "toy", inputs, geo)
+    np.testing.assert_allclose(compute(model, inputs, geo), theirs, atol=5e-5)
+    # Eight bits of mantissa through seven blocks; float32 where it matters.
+    half = in_torch(tmp_path / "toy", inputs, geo, torch.bfloat16)
+    assert np.linalg.norm(half - theirs) < 0.02 * np.linalg.norm(theirs)
+
+
+def test_the_pytorch_code_can_be_copied_alone():
+    tree = ast.parse(pathlib.Path(torch_cityrag.__file__).read_text())
+    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    modules |= {
+        a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
+    allowed = {"torch", "diffusers", "safetensors", "json", "pathlib"}
+    assert {module.split(".")[0] for module in modules} == allowed
+
+
+@pytest.mark.parametrize("kind", ["base", "official", "nothing"])
+def test_only_a_whole_export_in_diffusers_names_opens_in_pytorch(
+    kind, bundle, tmp_path
+):
+    out = tmp_path / "out"
+    if kind != "nothing":
+        naming = "official" if kind == "official" else "diffusers"
+        export_checkpoint(bundle, out, naming, base_only=kind == "base")
+    told = "cannot be read" if kind == "nothing" else "naming=diffusers, without"
+    with pytest.raises(ValueError, match=told):
+        open_export(out)
 
 
 # Bad input ----------------------------------------------------------------------------

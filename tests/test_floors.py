@@ -7,11 +7,13 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
-    {"geo", "diffusion", "batch", "flops"},
+    {"geo", "diffusion", "batch", "flops", "chips"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report"},
-    {"sampling", "generator", "rollout", "recording", "jobs", "plan", "training"},
-    {"train", "generate", "evaluate", "ui"},
+    {"sampling", "generator", "rollout", "recording", "jobs", "plan"}
+    | {"training", "commands"},
+    {"train", "generate", "evaluate", "doctor", "ui", "__main__"},
+    {"demo"},  # which goes through all doors
 ]
 SHARED = {"parallel", "checkpoint"}  # what model/ and checkpoint may use beside them
 

@@ -155,6 +155,6 @@ def test_the_command_line_ends_in_one_line_of_error(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
     assert "Traceback" not in ended.stderr

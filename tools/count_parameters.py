@@ -8,14 +8,15 @@ CityRAG, and Wan's autoencoder; a config is the module that it trains. `--config
 the same changes as the trainer does.
 """
 
+import argparse
 import math
 
 import jax
-from absl import app, flags
 from flax import nnx
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from cityrag_jax.checkpoint import abstract_model
+from cityrag_jax.commands import Command
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
@@ -114,22 +115,23 @@ def print_table(title: str, parts: Parts) -> None:
     print()
 
 
-def main(arguments: list[str]) -> None:
+COMMAND = Command(__doc__)
+COMMAND.takes_config()
+COMMAND.takes("--preset", choices=PRESETS, help="a network of Wan 2.1")
+
+
+def main(given: argparse.Namespace) -> None:
     """Print the tables of the preset or of the config."""
-    del arguments
     jax.config.update("jax_platforms", "cpu")
-    options = flags.FLAGS
-    if (options.preset is None) == (options.config is None):
-        raise app.UsageError("Give either --preset or --config.")
-    if options.preset:
-        models = preset_models(options.preset)
+    if (given.preset is None) == (given.config is None):
+        raise ValueError("Give either --preset or --config.")
+    if given.preset:
+        models = preset_models(given.preset)
     else:
-        models = config_models(options.config)
+        models = config_models(given.config)
     for name, model in models.items():
         print_table(name, count_parts(model))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("preset", None, PRESETS, "A network of Wan 2.1.")
-    config_flags.DEFINE_config_file("config", None, "configs/x.py[:variant]")
-    app.run(main)
+    COMMAND.run(main)

@@ -3,9 +3,10 @@
     python tools/export_wan.py --checkpoint=DIR --out=DIR --naming=official|diffusers
 
 --checkpoint is a converted folder or a training workdir (its averaged weights if there
-are any). The branches go along under the names that the README lists; --base-only
-leaves Wan alone, which diffusers loads without a remark. Adapters (LoRA) are merged;
---lora writes them alone, as one .safetensors that diffusers and others load.
+are any). The branches go along under the names that cityrag_jax/convert/README.md
+lists; --base-only leaves Wan alone, which diffusers loads without a remark. Adapters
+(LoRA) are merged; --lora writes them alone, as one .safetensors that diffusers and
+others load.
 """
 
 import argparse
@@ -33,8 +34,8 @@ def print_table(parts: list[Part], out: Path, naming: str) -> None:
     print(f'Open with {CLASSES[naming]}.from_pretrained("{out}").')
     if len(parts) > 1:
         print(
-            "It passes over the branches' tensors, geo.* and pose.*; the README's "
-            '"Open in PyTorch" says what they compute.'
+            "It passes over the branches, geo.* and pose.*: open_export of "
+            "cityrag_jax/convert/torch_cityrag.py takes them too (diffusers' names)."
         )
 
 

@@ -1,7 +1,7 @@
 """Write transformers as checkpoints that PyTorch opens, CityRAG's branches included.
 
 Wan's own parameters get official or diffusers names, those of the branches the names
-that `names.BRANCH_MODULES` and the README give. One tensor is in memory at a time, and
+that `names.BRANCH_MODULES` and README.md give. One tensor is in memory at a time, and
 a folder has its name only when it is whole.
 """
 
