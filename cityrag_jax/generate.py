@@ -46,7 +46,7 @@ from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
 from cityrag_jax.parallel import (
     DISTRIBUTED,
-    as_the_writer,
+    any_process,
     initialise,
     is_writer,
     keep_compilations,
@@ -174,14 +174,16 @@ def generate_into(
     job, fps = request.plan(), float(request.config.sample.fps)
     with Recording(out, job, request.identity(), fps=fps) as recording:
         if recording.count < len(job.spans):
-            if as_the_writer(stopped()):
+            if any_process(np.array([stopped()]))[0]:
                 return False
             start, last_frame = recording.count, recording.last_frame()
             clips = rollout(request.open(), job, start=start, last_frame=last_frame)
             for made in clips:
                 recording.add(made)
                 on_clip(job, made)
-                if as_the_writer(stopped()) and recording.count < len(job.spans):
+                if any_process(np.array([stopped()]))[0] and recording.count < len(
+                    job.spans
+                ):
                     return False
         recording.finish(facts or {})
     return True

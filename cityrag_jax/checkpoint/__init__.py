@@ -45,6 +45,7 @@ from cityrag_jax.checkpoint.descriptions import (
     with_adapters,
     with_parameters,
 )
+from cityrag_jax.checkpoint.digests import Damaged
 from cityrag_jax.checkpoint.training import (
     TrainingCheckpoints,
     identify_model,
@@ -58,6 +59,7 @@ __all__ = [
     "FORMAT",
     "Arrays",
     "Bundle",
+    "Damaged",
     "Description",
     "Modules",
     "TrainingCheckpoints",
