@@ -105,7 +105,7 @@ MEANINGS = {
     "sample.scales": "of the guidance, one for each of its weights",
     "sample.mesh.data": "devices that share a batch of clips; --mesh says it shorter",
     "sample.mesh.fsdp": "devices that share parameters and the clips of a batch",
-    "sample.mesh.sequence": "devices that share the tokens of a clip; divides the heads",
+    "sample.mesh.sequence": "devices that share a clip's tokens; divides the heads",
     "sample.rules.embed": "mesh axes that split parameters along the width",
     "sample.rules.heads": "... along the heads",
     "sample.rules.mlp": "... along the inner width of the MLPs",
