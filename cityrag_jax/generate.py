@@ -30,8 +30,8 @@ from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, write_image, write_video
 from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.geo.matching import fill_heights
 from cityrag_jax.geo.path_files import parse_path
-from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
 from cityrag_jax.parallel import (
     DISTRIBUTED,

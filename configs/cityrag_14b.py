@@ -96,10 +96,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train.max_seconds = 0.0
     config.train.init_from = ""
     config.train.init_fitting = False  # take of it what has the same shape
+    config.train.overfit = 0  # on so many clips alone, held out too
     config.train.mesh = ConfigDict(dict(data=1, fsdp=-1, sequence=8))
     config.train.rules = ConfigDict(dict(embed=("fsdp", "sequence"), heads=(), mlp=()))
     config.train.log_interval = 10
     config.train.checkpoint_interval = 500
+    config.train.checkpoint_minutes = 30.0  # or so often; 0: by steps alone
     config.train.keep = 3
     config.train.save_dtype = "bfloat16"
     config.train.tensorboard = True

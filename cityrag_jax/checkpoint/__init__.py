@@ -44,6 +44,7 @@ from cityrag_jax.checkpoint.descriptions import (
     with_adapters,
     with_parameters,
 )
+from cityrag_jax.checkpoint.digests import Damaged
 from cityrag_jax.checkpoint.training import (
     TrainingCheckpoints,
     latest_model,
@@ -55,6 +56,7 @@ __all__ = [
     "FORMAT",
     "Arrays",
     "Bundle",
+    "Damaged",
     "Description",
     "Modules",
     "TrainingCheckpoints",

@@ -50,6 +50,7 @@ from cityrag_jax.checkpoint.items import (
     read_arrays,
     write_arrays,
 )
+from cityrag_jax.parallel import on_writer
 
 FROZEN = Path("base", "frozen")
 
@@ -161,7 +162,8 @@ class TrainingCheckpoints:
     ) -> tuple[dict[str, PyTree], dict[str, Any]]:
         """Read groups as their abstract arrays say, and the notes, of the newest step.
 
-        Raises ValueError if names or shapes differ or a checksum does not fit.
+        Raises ValueError if names or shapes differ, `Damaged` if a checksum does not
+        fit or a file cannot be read.
         """
         step = self._newest() if step is None else step
         path = self.folder / str(step)
@@ -177,6 +179,17 @@ class TrainingCheckpoints:
             structure = jax.tree.structure(tree)
             result[group] = jax.tree.unflatten(structure, list(arrays.values()))
         return result, record["notes"]
+
+    def set_aside(self, step: int) -> Path:
+        """Move a checkpoint that cannot be used beside the folder; say where it is."""
+        path = self.folder.parent / f"damaged-{step}"
+        number = 1
+        while path.exists():
+            number += 1
+            path = self.folder.parent / f"damaged-{step}-{number}"
+        on_writer(lambda: (self.folder / str(step)).rename(path))
+        self._checkpointer.reload()
+        return path
 
     def read_notes(self, step: int | None = None) -> dict[str, Any]:
         """Read the notes alone."""
@@ -238,8 +251,11 @@ class TrainingCheckpoints:
 
     def _read_record(self, step: int) -> dict[str, Any]:
         path = self.folder / str(step)
-        loaded = ocp.load_checkpointables(path, {"notes": None})
-        return json.loads(loaded["notes"]["json"])
+        try:
+            loaded = ocp.load_checkpointables(path, {"notes": None})
+            return json.loads(loaded["notes"]["json"])
+        except (ValueError, OSError, KeyError) as error:
+            raise unreadable(path / "notes", error) from error
 
 
 def _read_group(path, group, flat, stacked):
