@@ -41,8 +41,8 @@ from cityrag_jax.generator import (
     open_mesh,
     with_mesh,
 )
+from cityrag_jax.geo.matching import fill_heights
 from cityrag_jax.geo.path_files import parse_path
-from cityrag_jax.geo.retrieval import fill_heights
 from cityrag_jax.geo.trajectory import poses_on_earth
 from cityrag_jax.parallel import (
     DISTRIBUTED,
