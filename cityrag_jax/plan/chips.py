@@ -1,4 +1,4 @@
-"""Accelerators and how they are joined: the makers' figures that a plan divides by.
+"""Memory and links of accelerators: the makers' figures that a plan divides by.
 
 A topology is written `v5p:4x4x4` (chips along each axis of a torus) or `h100:32` (cards
 in nodes of eight). TPUs: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; speed of
@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from cityrag_jax.chips import peak_flops
+
 GB, GIB, TERA = 1e9, 2.0**30, 1e12
 
 
@@ -18,21 +20,27 @@ GB, GIB, TERA = 1e9, 2.0**30, 1e12
 class Chip:
     """One device as JAX counts them; of a TPU7x chip that is a half.
 
-    `memory` in bytes, `flops` dense bfloat16 and `bandwidth` of that memory a second.
-    `link` is one way in bytes a second: of one link of a TPU, of all NVLinks of a card.
-    A torus of a TPU closes along axes that are multiples of `wrap`. `network` is what a
-    card sends out of its node of `node` cards.
+    `kind` is the beginning of the name that JAX gives it, `memory` in bytes and
+    `bandwidth` what of it passes in a second. `link` is one way in bytes a second: of
+    one link of a TPU, of all NVLinks of a card. A torus of a TPU closes along axes that
+    are multiples of `wrap`. `network` is what a card sends out of its node of `node`
+    cards.
     """
 
     name: str
+    kind: str
     memory: float
-    flops: float
     bandwidth: float
     link: float
     wrap: int = 0
     devices: int = 1
     node: int = 0
     network: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Give its dense bfloat16 operations a second."""
+        return float(peak_flops(self.kind))
 
     @property
     def is_tpu(self) -> bool:
@@ -43,23 +51,14 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 16 * GB, 197 * TERA, 819 * GB, 45 * GB, wrap=16),
-        Chip("v5p", 95 * GIB, 459 * TERA, 2765 * GB, 90 * GB, wrap=4),
-        Chip("v6e", 32 * GB, 918 * TERA, 1638 * GB, 90 * GB, wrap=16),
+        Chip("v5e", "TPU v5e", 16 * GB, 819 * GB, 45 * GB, wrap=16),
+        Chip("v5p", "TPU v5", 95 * GIB, 2765 * GB, 90 * GB, wrap=4),
+        Chip("v6e", "TPU v6", 32 * GB, 1638 * GB, 90 * GB, wrap=16),
         # Two devices a chip, each with half of its memory, speed and links.
-        Chip("tpu7x", 96 * GIB, 1153.5 * TERA, 3690 * GB, 45 * GB, wrap=4, devices=2),
-        Chip(
-            *("a100", 80 * GIB, 312 * TERA, 2039 * GB, 300 * GB),
-            **dict(node=8, network=25 * GB),
-        ),
-        Chip(
-            *("h100", 79.6 * GIB, 989 * TERA, 3350 * GB, 450 * GB),
-            **dict(node=8, network=50 * GB),
-        ),
-        Chip(
-            *("h200", 140.4 * GIB, 989 * TERA, 4800 * GB, 450 * GB),
-            **dict(node=8, network=50 * GB),
-        ),
+        Chip("tpu7x", "TPU7x", 96 * GIB, 3690 * GB, 45 * GB, wrap=4, devices=2),
+        Chip("a100", "A100", 80 * GIB, 2039 * GB, 300 * GB, node=8, network=25 * GB),
+        Chip("h100", "H100", 79.6 * GIB, 3350 * GB, 450 * GB, node=8, network=50 * GB),
+        Chip("h200", "H200", 140.4 * GIB, 4800 * GB, 450 * GB, node=8, network=50 * GB),
     )
 }
 

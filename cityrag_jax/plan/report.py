@@ -20,6 +20,7 @@ from cityrag_jax.plan.roofline import (
     sent_by_formula,
     sent_by_program,
 )
+from cityrag_jax.training import speed
 from cityrag_jax.training.program import assumed_start, make_program
 
 POOL = 0.95  # of a GPU, by XLA_PYTHON_CLIENT_MEM_FRACTION; JAX itself takes 0.75
@@ -27,13 +28,17 @@ POOL = 0.95  # of a GPU, by XLA_PYTHON_CLIENT_MEM_FRACTION; JAX itself takes 0.7
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A config on a topology: bytes of a device, an update's operations and traffic."""
+    """A config on a topology: bytes of a device, an update's operations and traffic.
+
+    Of the operations `needed` are what a utilisation (MFU) counts.
+    """
 
     config: ConfigDict
     topology: Topology
     mesh: dict[str, int]
     memory: dict[str, float]
     operations: Operations
+    needed: float
     sent: list[Sent]
     compiled: Compiled | None
 
@@ -86,7 +91,8 @@ def make_plan(config: ConfigDict, topology: Topology, *, compiled: bool = True) 
         sent = sent_by_program(found.sent, mesh, topology)
     else:
         sent = sent_by_formula(config, program, mesh, topology)
-    return Plan(config, topology, sizes, memory, operations, sent, found)
+    needed = speed.count_operations(config, program, config.data.condition_frames[1])
+    return Plan(config, topology, sizes, memory, operations, needed, sent, found)
 
 
 def as_text(plan: Plan) -> str:
@@ -152,7 +158,7 @@ def _traffic(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     least = plan.roofline
-    needed = plan.operations.needed / plan.topology.devices / plan.topology.chip.flops
+    needed = plan.needed / plan.topology.devices / plan.topology.chip.flops
     fits = "It fits" if plan.fits else "It does NOT fit"
     by = "by the compiler" if plan.compiled else "by formula"
     return (
