@@ -30,7 +30,7 @@ help:
 	touch $@
 
 demo: .venv/installed
-	$(RUN) tools/demo.py --out=$(DEMO)
+	$(RUN) -m cityrag_jax.demo --out=$(DEMO)
 
 test: .venv/installed-tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
