@@ -43,7 +43,7 @@ def test_the_update_of_a_training_is_timed_by_its_config(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     line, kernels = done.stdout.splitlines()[:2]
-    assert "batch 4" in line and "clips/s" in line and "% of peak" in line
+    assert "batch 4" in line and "clips/s" in line and "TFLOP/s" in line
     assert " ms in " in kernels
 
 

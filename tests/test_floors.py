@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
-    {"geo", "diffusion", "batch", "flops"},
+    {"geo", "diffusion", "batch", "flops", "chips"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report"},
     {"sampling", "rollout", "jobs", "plan", "training", "commands"},

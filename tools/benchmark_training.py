@@ -5,8 +5,8 @@
 
 The program is the trainer's own (`training.program`), on one device, its arguments
 drawn; where the config streams, the update encodes clips, by Wan's own autoencoder. A
-line says what an update takes, and what share of the dense bfloat16 peak of an H100 or
-H200 the transformer's products are: three forward passes by `cityrag_jax.flops`.
+line says what an update takes, and what share of the device's dense bfloat16 peak are
+the operations that it needs, conditions as long as they may be (`training.speed`).
 `--profile` adds a table of where the device's time went.
 """
 
@@ -20,15 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cityrag_jax import flops
-from cityrag_jax.batch import latent_frames, latent_shape, token_grid
-from cityrag_jax.checkpoint import draw_parameters, read_config
+from cityrag_jax.batch import latent_frames
+from cityrag_jax.checkpoint import draw_parameters
 from cityrag_jax.commands import Command
 from cityrag_jax.parallel import keep_compilations
 from cityrag_jax.training.optimizer import split_frozen
 from cityrag_jax.training.program import Program, assumed_start, make_program
-
-PEAK = 989e12  # dense bfloat16 of an H100 SXM or H200, NVIDIA's data sheet
+from cityrag_jax.training.speed import count_operations, describe_speed, peak_bytes
 
 
 def draw_arguments(program: Program, config) -> list:
@@ -74,21 +72,6 @@ def set_counts(batch, config):
     return jax.tree_util.tree_map_with_path(set_count, batch)
 
 
-def count_operations(config, task) -> int:
-    """Count the products of one update: forward, and twice that backward."""
-    sizes, data = read_config(task.description), config.data
-    batch = config.train.batch_size
-    view = data.height, data.width
-    tokens = int(np.prod(token_grid(latent_shape(data.num_frames, *view))))
-    keys = int(np.prod(token_grid(latent_shape(data.condition_frames[1], *view))))
-    parts = [
-        flops.dit(sizes, tokens, batch=batch),
-        flops.geo_branch(sizes, tokens, keys, batch=batch),
-        flops.pose_branch(sizes, data.num_frames, batch=batch, **config.model.pose),
-    ]
-    return 3 * sum(flops.total(part).flops for part in parts)
-
-
 def main(given: argparse.Namespace) -> None:
     """Build the update, time some calls, and look inside one of them."""
     config = given.config
@@ -109,13 +92,13 @@ def main(given: argparse.Namespace) -> None:
         state, _ = call(state)
         seconds.append((time.monotonic() - began) / updates)
     each = float(np.median(seconds))
-    rate = count_operations(config, program.task) / each
-    stats = jax.local_devices()[0].memory_stats() or {}
+    operations = count_operations(config, program, config.data.condition_frames[1])
+    speed = describe_speed(operations, 1, each)
+    share = f"{100 * speed['mfu']:.1f} % of peak; " if "mfu" in speed else ""
     print(
         f"{jax.devices()[0].device_kind}: batch {size}, {1e3 * each:.2f} ms an update, "
-        f"{size / each:,.0f} clips/s, {rate / 1e12:.1f} TFLOP/s, "
-        f"{100 * rate / PEAK:.1f} % of peak; first call {compiled:.0f} s; "
-        f"{stats.get('peak_bytes_in_use', 0) / 2**30:.1f} GiB at the peak",
+        f"{size / each:,.0f} clips/s, {operations / each / 1e12:.1f} TFLOP/s, {share}"
+        f"first call {compiled:.0f} s; {peak_bytes() / 2**30:.1f} GiB at the peak",
         flush=True,
     )
     if given.profile:
