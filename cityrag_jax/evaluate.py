@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip, Conditions
-from cityrag_jax.checkpoint import computing_in, latest_model
+from cityrag_jax.checkpoint import TRUST, computing_in, latest_model, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
@@ -267,6 +267,7 @@ COMMAND.needs("--checkpoint", help="model folder or training workdir")
 COMMAND.needs("--city", help="city folders, separated by commas")
 COMMAND.needs("--out", help="folder to write to")
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
 def main(given: argparse.Namespace) -> None:
@@ -274,6 +275,7 @@ def main(given: argparse.Namespace) -> None:
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
     initialise(given.distributed)
+    trust(given.trust)
     checkpoint = find_shipped(given.checkpoint)
     evaluate(given.config, checkpoint, given.city, given.out)
     if not is_writer():

@@ -24,7 +24,7 @@ from jaxtyping import Float32, Float64, UInt8
 from ml_collections import ConfigDict
 
 from cityrag_jax import report
-from cityrag_jax.checkpoint import Bundle, computing_in, latest_model
+from cityrag_jax.checkpoint import TRUST, Bundle, computing_in, latest_model, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
@@ -217,6 +217,7 @@ COMMAND.takes(
 COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo")
 COMMAND.takes("--text", help="another prompt's rows, by tools/encode_prompt.py")
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
 def main(given: argparse.Namespace) -> None:
@@ -225,6 +226,7 @@ def main(given: argparse.Namespace) -> None:
     keep_compilations()
     config = given.config
     initialise(given.distributed)
+    trust(given.trust)
     report.open_folder(given.out)
     city = City(given.city)
     photo = read_image(given.image)

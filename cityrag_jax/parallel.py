@@ -57,6 +57,8 @@ DISTRIBUTED = (
     f"number of this one stand in {', '.join(PROCESS_VARIABLES)}. Under SLURM, Open "
     "MPI, on TPU pods and in indexed Kubernetes jobs it is found out without this."
 )
+# GB that a GPU's programs may pin (openxla/xla, pull request 20633).
+HOST_MEMORY = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 MESSAGE_BYTES = 4096
 
 
@@ -64,8 +66,10 @@ def initialise(distributed: bool = False) -> None:
     """Join the other processes, if this is one of several; once, before any device.
 
     With `distributed` as `DISTRIBUTED` says. Without it, or without any of its
-    variables, where JAX detects a launcher that started several.
+    variables, where JAX detects a launcher that started several. Saving and offloading
+    may fill the host's memory: by default GPUs' programs get 64 GB of it.
     """
+    os.environ.setdefault(HOST_MEMORY, str(max(64, _host_memory_gb())))
     given = {name: os.environ.get(name) for name in PROCESS_VARIABLES}
     missing = [name for name, value in given.items() if not value]
     if distributed and not missing:
@@ -87,6 +91,10 @@ def initialise(distributed: bool = False) -> None:
             "set host:port of the first process, the count of all, and the number of "
             "this one from 0."
         )
+
+
+def _host_memory_gb() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**9
 
 
 def launcher() -> str | None:

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
-from cityrag_jax.checkpoint import TrainingCheckpoints, save_bundle
+from cityrag_jax.checkpoint import TRUST, TrainingCheckpoints, save_bundle, trust
 from cityrag_jax.commands import Command
 from cityrag_jax.parallel import (
     DISTRIBUTED,
@@ -328,6 +328,7 @@ COMMAND = Command(__doc__)
 COMMAND.needs_config()
 COMMAND.needs("--workdir", help="folder of this training; the same one goes on with it")
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
 def main(given: argparse.Namespace) -> None:
@@ -335,6 +336,7 @@ def main(given: argparse.Namespace) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
     keep_compilations()
     initialise(given.distributed)
+    trust(given.trust)
     train(given.config, given.workdir)
 
 

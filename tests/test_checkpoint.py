@@ -23,6 +23,7 @@ from cityrag_jax.checkpoint import (
     parameters,
     save_bundle,
     stacked_parameters,
+    training,
     verify_bundle,
     with_parameters,
 )
@@ -354,6 +355,28 @@ def test_layers_are_saved_from_shards_and_never_from_copies():
     for whole, part in zip(x, _unstack_onto(layer.sharding, 8)(x), strict=True):
         assert part.addressable_shards[0].data.nbytes == part.nbytes // 8
         np.testing.assert_array_equal(part, whole)
+
+
+def test_saving_needs_room_for_the_layers_of_one_parameter(tmp_path, monkeypatch):
+    """Not for a second state, which at full size no device has."""
+    stacks = {f"blocks.{n}.kernel": jnp.full((3, 64, 64), n) for n in range(4)}
+    groups = {"params": stacks, "ema": jax.tree.map(jnp.negative, stacks)}
+    peaks = []
+
+    def on_devices():
+        alive = jax.live_arrays()
+        return sum(x.nbytes for x in alive if x.sharding.memory_kind == "device")
+
+    def watch(arrays):
+        peaks.append(on_devices())
+        return sum_arrays(arrays)
+
+    before = on_devices()
+    monkeypatch.setattr(training, "sum_arrays", watch)
+    with TrainingCheckpoints(tmp_path, writable=True) as checkpoints:
+        checkpoints.save(1, groups, {}, frozenset(stacks))
+    assert len(peaks) == 8
+    assert max(peaks) - before <= 1.05 * next(iter(stacks.values())).nbytes
 
 
 def test_sums_are_made_where_the_shards_are():

@@ -1,8 +1,8 @@
 """One flipped bit, anywhere on disk, is found before anything is made of it.
 
 A flip that changes nothing of what is read (an unused page, a time stamp) is allowed
-and does not count; one that does must be refused, naming the folder. Three flips for each
-kind of folder in `make test`, fifty in `make test-faults`.
+and does not count; one that does must be refused, naming the folder. Three flips for
+each kind of folder in `make test`, fifty in `make test-faults`.
 """
 
 import dataclasses

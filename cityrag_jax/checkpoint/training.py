@@ -147,8 +147,9 @@ class TrainingCheckpoints:
         Waits for the save before, and raises what went wrong with it.
         """
         self.wait()
-        items = {g: _to_items(_flatten(tree), stacked) for g, tree in groups.items()}
-        digests = {group: sum_arrays(arrays) for group, arrays in items.items()}
+        items, digests = {}, {}
+        for group, tree in groups.items():
+            items[group], digests[group] = _to_host(_flatten(tree), stacked)
         record = {"format": FORMAT, "digests": digests, "notes": dict(notes)}
         text = json.dumps(record | {DIGEST: digest_json(record)})
         nonempty = {group: arrays for group, arrays in items.items() if arrays}
@@ -313,6 +314,28 @@ def _to_items(arrays: Mapping[str, Any], stacked: frozenset[str]) -> Arrays:
         else:
             items[name] = x
     return items
+
+
+def _to_host(
+    arrays: Mapping[str, Any], stacked: frozenset[str]
+) -> tuple[Arrays, dict[str, int]]:
+    """Copy arrays to the host as items, each shard by itself, and give their sums.
+
+    One after another: beside the state, the devices have room for the layers of one
+    parameter, not for another state.
+    """
+    kept, digests = {}, {}
+
+    def copy(items):
+        digests.update(sum_arrays(items))
+        kinds = {
+            n: x.sharding.with_memory_kind("pinned_host") for n, x in items.items()
+        }
+        return jax.block_until_ready(jax.device_put(items, kinds))
+
+    for name, x in arrays.items():
+        kept |= copy(_to_items({name: x}, stacked))
+    return kept, digests
 
 
 def _abstract_items(wanted: Mapping[str, Any], stacked: frozenset[str]) -> Arrays:
