@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cityrag_jax.batch import Conditions, latent_shape
-from cityrag_jax.checkpoint import TRUST, latest_model, parameters
+from cityrag_jax.checkpoint import TRUST, latest_model, parameters, trust
 from cityrag_jax.parallel import DISTRIBUTED, initialise, make_mesh
 from cityrag_jax.sampling import Sampler
 
