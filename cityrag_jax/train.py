@@ -54,6 +54,7 @@ from cityrag_jax.training.examples import (
 )
 from cityrag_jax.training.lock import WorkdirLock
 from cityrag_jax.training.log import NoLog, TrainingLog
+from cityrag_jax.training.origin import trained_on
 from cityrag_jax.training.program import Program, make_program
 from cityrag_jax.training.start import (
     Values,
@@ -230,6 +231,8 @@ class _Training:
         """Write `model/`."""
         path, dtype = self.workdir / "model", self.config.train.save_dtype
         bundle = self.program.task.finish(params, encoders, self._clips())
+        origin = trained_on(self.config, (city for city, _ in self.sources))
+        bundle = dataclasses.replace(bundle, source={**bundle.source, **origin})
         return save_bundle(path, bundle, dtype=dtype, overwrite=True)
 
     def _clips(self) -> Iterator[Clip]:
