@@ -11,7 +11,6 @@ Everything is written under another name and renamed, so what has its name is wh
 import dataclasses
 import functools
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cityrag_jax.checkpoint.descriptions import (
     Arrays,
     Description,
     abstract_model,
+    check_description,
     parameter_shardings,
     parameters,
     stacked_parameters,
@@ -193,7 +193,7 @@ def write_texts(
 def is_bundle(path: Path) -> bool:
     """Say whether a folder's config.json lists modules."""
     config = path / CONFIG
-    return config.is_file() and "modules" in json.loads(config.read_text())
+    return config.is_file() and "modules" in read_json(config)
 
 
 def load_bundle(
@@ -227,7 +227,7 @@ def load_bundle(
         str(path),
         texts.get("negative_text"),
         config["source"],
-        config["licence"],
+        str(config.get("licence", "")),
     )
 
 
@@ -285,7 +285,23 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}/{CONFIG} is damaged: its checksum {what}. Take another copy, or "
             "read it as it is by --trust."
         )
+    _check_config(config, path / CONFIG)
     return config
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError for what is no config.json of a bundle, whoever wrote it."""
+    parts = ("modules", "described", "texts", "source")
+    for name in parts:
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{path}: {name} is {config.get(name)!r}, no JSON object.")
+    if not set(config["texts"]) <= set(TEXTS):
+        raise ValueError(f"{path}: texts are {sorted(config['texts'])}, not {TEXTS}.")
+    for part in ("modules", "described"):
+        for name, description in config[part].items():
+            if not name.isidentifier():
+                raise ValueError(f"{path}: {part} has {name!r}, no name of a folder.")
+            check_description(description, f"{path}: {part}.{name}")
 
 
 def _read_text(path: Path, name: str) -> np.ndarray:
