@@ -1,6 +1,6 @@
 # make demo       a city, a path, a generated video, scores, two minutes of training
 # make test       every test but the slow ones; make test-long: those
-# make test-faults  hundreds of flipped bits and malformed files
+# make test-faults  random kills by the dozen, flipped bits, malformed files
 # make help       this text
 
 PYTHON ?= python3

@@ -27,7 +27,7 @@ from flax import nnx
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int64, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int64, PyTree, Shaped
 
 MESH_AXES = ("data", "fsdp", "sequence")
 KEPT = Path("cityrag_jax", "xla")  # compiled programs, in the user's cache folder
@@ -135,11 +135,18 @@ def on_writer(action: Callable[[], object]) -> None:
         raise error
 
 
-def as_the_writer(value: bool) -> bool:
-    """Give the writer's value, so that all processes decide the same."""
+def from_writer(value: np.ndarray | np.generic) -> np.ndarray:
+    """Give the writer's array to all processes, whose own has its shape and type."""
     if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+        return np.asarray(value)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def any_process(values: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Say which values are true in any process, so that all decide the same."""
+    if jax.process_count() == 1:
+        return values
+    return multihost_utils.process_allgather(values).any(axis=0)
 
 
 def fetch(tree: PyTree) -> PyTree:

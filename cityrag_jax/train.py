@@ -1,30 +1,32 @@
 """Train CityRAG or its autoencoder, on a laptop or a pod, by one command:
 
     python -m cityrag_jax.train --config=configs/toy_city.py[:variant] --workdir=DIR
-        [--config.section.key=value ...] [--distributed]
+        [--config.section.key=value ...] [--profile=A:B] [--distributed]
 
 Everything is checked before training starts. Killed at any moment and started again
 with the same command, it goes on from the last whole checkpoint, as if nothing had
-happened. DIR will hold:
+happened; SIGTERM and Ctrl-C save first and exit with 143 and 130. DIR will hold:
 
     config.json      the config; another one is refused
     lock.json        while it trains: another training there is refused
     base/            what training does not change: autoencoder, prompt, the frozen
     checkpoints/     the last few, each a folder named after its step
     metrics.jsonl    losses and speed
+    profile/         a trace of the updates that --profile names
+    damaged-STEP/    a checkpoint that could not be read
     model/           the finished model, for generate and evaluate
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -34,7 +36,6 @@ from cityrag_jax.checkpoint import TRUST, TrainingCheckpoints, save_bundle, trus
 from cityrag_jax.commands import Command
 from cityrag_jax.parallel import (
     DISTRIBUTED,
-    as_the_writer,
     fetch,
     initialise,
     is_writer,
@@ -53,9 +54,20 @@ from cityrag_jax.training.examples import (
     stream,
 )
 from cityrag_jax.training.lock import WorkdirLock
-from cityrag_jax.training.log import NoLog, TrainingLog
+from cityrag_jax.training.log import (
+    NoLog,
+    TrainingLog,
+    announce,
+    say,
+)
+from cityrag_jax.training.losses import Losses, mean_losses
+from cityrag_jax.training.memory import is_out_of_memory, out_of_memory
+from cityrag_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from cityrag_jax.training.origin import trained_on
+from cityrag_jax.training.profile import Profile, parse_steps
 from cityrag_jax.training.program import Program, make_program
+from cityrag_jax.training.schedule import Schedule, Signals, Stopped, describe_stop
+from cityrag_jax.training.speed import Stopwatch, count_operations, describe_speed
 from cityrag_jax.training.start import (
     Values,
     begin,
@@ -64,15 +76,18 @@ from cityrag_jax.training.start import (
     resume,
     save,
 )
-from cityrag_jax.training.step import TrainState, check_finite
+from cityrag_jax.training.step import Metrics, TrainState
 from cityrag_jax.training.task import Encoders, Examples, Params
+from cityrag_jax.training.words import describe_end, describe_start
 
 
-def train(config: ConfigDict, workdir: Path | str) -> Path:
+def train(config: ConfigDict, workdir: Path | str, profile: range = range(0)) -> Path:
     """Train to the end or the limit of time; return the folder of the finished model.
 
-    Raises ValueError for anything wrong with config, cities or workdir before training,
-    and FloatingPointError if losses stay non-finite.
+    Of the updates in `profile`, counted from 1, a trace is left in the workdir. Raises
+    ValueError for anything wrong with config, cities or workdir before training, and
+    for too little memory; FloatingPointError if losses stay non-finite; `Stopped` if a
+    signal ended it early.
     """
     workdir = Path(workdir).absolute()
     check_config(config)
@@ -90,12 +105,16 @@ def train(config: ConfigDict, workdir: Path | str) -> Path:
         ):
             path = workdir / "model"
             if config.train.steps in checkpoints.steps and path.exists():
-                _say(f"Training has ended before, at step {config.train.steps}.")
-                _say(describe_end(config, path))
+                say(f"Training has ended before, at step {config.train.steps}.")
+                say(describe_end(config, path))
                 return path
             program, values = open_program(config, workdir, mesh, checkpoints)
-            training = _Training(config, workdir, mesh, sources, checkpoints, program)
-            return training.run(*values)
+            given = config, workdir, mesh, sources, checkpoints, program, profile
+            return _Training(*given).run(*values)
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, config) from error
+        raise
     finally:
         lock.release()
 
@@ -111,6 +130,7 @@ def open_program(
     The start model is not kept: what the training needs of it stands in the values.
     """
     make = functools.partial(make_program, config, mesh, encoders_dtype=loading_dtype())
+    announce("reading the weights")
     if checkpoints.steps:
         base = read_base(workdir, mesh)
         program = make(base)
@@ -130,17 +150,19 @@ class _Training:
     sources: Sources
     checkpoints: TrainingCheckpoints
     program: Program
+    profile: range
 
     def run(self, state: TrainState, frozen: Params, encoders: Encoders) -> Path:
         """Train from the state on, which is taken over; return the model's folder."""
         config, program = self.config, self.program
         first = int(state.step)
+        say(describe_start(config, program, first))
+        announce("compiling the update, beside what follows")
         update = self._compile_ahead()  # while the first clips are encoded
         encode = functools.partial(program.encode, encoders)
+        announce("compiling the encoders, encoding held-out clips")
         held_out = held_out_examples(encode, self.sources, config, self.mesh)
         batches = Waiting(self._batches(first, encode))
-        log = self._open_log(first)
-        log.say(describe_start(config, program, first))
 
         def measure(state):
             """Average the held-out losses, of averaged parameters if there are any."""
@@ -155,46 +177,84 @@ class _Training:
             }
             return mean_losses(fetch(losses))
 
-        losses, step, clock = _Losses(config.train.patience), first, None
-        intervals = config.train
+        announce("compiling and measuring the held-out loss")
         held = measure(state)
-        log.write(first, held)
         update = update.result()
-        while step < intervals.steps:
-            state, metrics = update(state, frozen, encoders, next(batches))
-            losses.add(step, metrics)
-            step += config.train.updates_per_call
-            if clock is None:
-                jax.block_until_ready(metrics)  # compilation does not count
-                clock = time.monotonic()
-            spent = time.monotonic() - clock
-            last = step == intervals.steps
-            if intervals.max_seconds > 0:
-                last |= as_the_writer(spent > intervals.max_seconds)
-            due = step % intervals.checkpoint_interval == 0 or last
-            evaluate = step % config.eval.interval == 0 or last
-            if step % intervals.log_interval == 0 or due or evaluate:
-                waited = batches.take_seconds() / losses.count
-                report = losses.collect() | {"data_wait_s": waited}
-                if evaluate:
-                    held = measure(state)
-                    report |= held
-                log.report(step, report, spent)
-            if due and losses.healthy:
-                save(program, state, self.checkpoints, step, config.seed)
-            if last:
-                break
-        log.close()
+
+        def call(state):
+            return update(state, frozen, encoders, next(batches))
+
+        with self._open_log(first) as log:
+            log.write(first, held)
+            announce(f"training from step {first}, to {config.train.steps}")
+            state, last = self._update(state, call, measure, batches, log)
+        announce(f"held-out loss {(last or held)['held_out']:.4f}; writing the model")
+        params = frozen | (state.ema or state.params)
+        path = self._finish(params, encoders)
+        say(describe_end(config, path))
+        return path
+
+    def _update(
+        self,
+        state: TrainState,
+        call: Callable[[TrainState], tuple[TrainState, Metrics]],
+        measure: Callable[[TrainState], dict[str, float]],
+        batches: Waiting,
+        log: NoLog,
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Make updates until the last; give the state and its held-out losses."""
+        config, step, held = self.config, int(state.step), {}
+        end_of_first = step + config.train.updates_per_call
+        losses, watch = Losses(config.train.patience), Stopwatch()
+        profile = Profile(self.workdir / "profile", self.profile)
+        with Signals() as signals, contextlib.closing(profile):
+            schedule = Schedule(config, signals)
+            while step < config.train.steps:
+                profile.before(step, state)
+                state, metrics = call(state)
+                losses.add(step, metrics)
+                step += config.train.updates_per_call
+                profile.after(step, metrics)
+                if step == end_of_first:  # what was not compiled ahead does not count
+                    jax.block_until_ready(metrics)
+                    schedule.start()
+                due = schedule.after(step)
+                if due.report:
+                    report = self._collect(losses, watch, batches, step)
+                    with watch.paused():
+                        if due.evaluate:
+                            report |= (held := measure(state))
+                        log.report(step, report, schedule.spent)
+                        if due.save and losses.healthy:
+                            given = state, self.checkpoints, step, config.seed
+                            save(self.program, *given)
+                if due.signal:
+                    self.checkpoints.wait()
+                    given = self.checkpoints.steps, self.workdir
+                    raise describe_stop(due.signal, step, *given)
+                if due.last:
+                    break
         if not losses.healthy:
             raise FloatingPointError(
                 f"The last updates, up to {step}, were not finite."
             )
         self.checkpoints.wait()
-        params = frozen | (state.ema or state.params)
-        path = self._finish(params, encoders)
-        _say(f"Step {step}, held-out loss {held['held_out']:.4f}.")
-        _say(describe_end(config, path))
-        return path
+        return state, held
+
+    def _collect(
+        self, losses: Losses, watch: Stopwatch, batches: Waiting, step: int
+    ) -> dict[str, float]:
+        """Average since the last report, with what the updates took; waits for them."""
+        config, updates = self.config, losses.count
+        report = losses.collect()
+        operations = count_operations(config, self.program)
+        report |= describe_speed(operations, updates, watch.take())
+        options = OptimizerConfig(**config.optimizer)
+        rate = learning_rate_schedule(
+            options, options.learning_rate, config.train.steps
+        )
+        report["data_wait_s"] = batches.take_seconds() / updates
+        return report | {"learning_rate": float(rate(step - 1))}
 
     def _compile_ahead(self) -> Future[jax.stages.Compiled]:
         """Compile the update in a thread of its own, where nothing waits for it."""
@@ -240,107 +300,28 @@ class _Training:
         yield from stream(self.sources, self.config, 0, self.mesh)
 
 
-class _Losses:
-    """Metrics of the steps since the last report, left on the device until then.
-
-    Adding those of a call waits for the end of the call `AHEAD` before it, so that the
-    host never puts more batches on the devices.
-    """
-
-    AHEAD = 2
-
-    def __init__(self, patience: int):
-        self.patience = patience
-        self.healthy = True
-        self._steps, self._metrics = [], []
-        self._bad = []
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Keep the metrics of the updates of one call, the first of them `step`."""
-        self._steps.extend(range(step, step + len(metrics["loss"])))
-        self._metrics.append(metrics)
-        if len(self._metrics) > self.AHEAD:
-            jax.block_until_ready(self._metrics[-1 - self.AHEAD])
-
-    @property
-    def count(self) -> int:
-        """The number of updates since the last report."""
-        return len(self._steps)
-
-    def collect(self) -> dict[str, float]:
-        """Average over the finite steps; raise after `patience` bad ones in a row."""
-        calls = fetch(self._metrics)
-        metrics = {n: np.concatenate([call[n] for call in calls]) for n in calls[0]}
-        bad = metrics.pop("refused").astype(bool)
-        steps = self._bad + self._steps
-        refused = [True] * len(self._bad) + bad.tolist()
-        check_finite(steps, refused, self.patience)
-        good = len(refused) - refused[::-1].index(False) if False in refused else 0
-        self._bad = steps[good:]
-        self.healthy = not self._bad
-        mean = {
-            name: float(np.mean(x[~bad])) if not bad.all() else np.nan
-            for name, x in metrics.items()
-        }
-        self._steps, self._metrics = [], []
-        return mean | {"refused": float(bad.sum())}
-
-
-def mean_losses(losses: dict[str, list[np.ndarray]]) -> dict[str, float]:
-    """Average the losses of clips over batches and probes, name by name."""
-    return {name: float(np.mean(np.concatenate(x))) for name, x in losses.items()}
-
-
-# --------------------------------------------------------------------------------------
-# What a person reads
-# --------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    if is_writer():
-        print(text)
-
-
-def describe_start(config: ConfigDict, program: Program, first: int) -> str:
-    """Say what is trained, by what, and from where."""
-    sizes = {label: 0 for label in ("muon", "adam", "frozen")}
-    for name, x in program.parameters.items():
-        sizes[program.labels[name]] += int(np.prod(x.shape))
-    total = sum(sizes.values())
-    parts = ", ".join(f"{label} {n:,}" for label, n in sizes.items() if n)
-    begin = f"going on from step {first}" if first else "from step 0"
-    if config.train.init_from and not first:
-        begin += f" with {config.train.init_from}"
-    return f"{config.task}: {total:,} parameters ({parts}); {begin}."
-
-
-def describe_end(config: ConfigDict, path: Path) -> str:
-    """Say where the model is and what to do with it."""
-    if config.task == "VAEReconstruction":
-        return (
-            f"The autoencoder is in {path}. Next: python -m cityrag_jax.train "
-            f"--config=configs/toy_city.py --config.model.vae={path} --workdir=DIR"
-        )
-    return (
-        f"The model is in {path}. Next: python -m cityrag_jax.evaluate "
-        f"--config=CONFIG --checkpoint={path} --city={config.data.city} --out=DIR"
-    )
-
-
 COMMAND = Command(__doc__)
 COMMAND.needs_config()
 COMMAND.needs("--workdir", help="folder of this training; the same one goes on with it")
+COMMAND.takes("--profile", metavar="A:B", help="trace updates A to B, counted from 1")
 COMMAND.switch("--distributed", DISTRIBUTED)
 COMMAND.switch("--trust", TRUST)
 
 
-def main(given: argparse.Namespace) -> None:
-    """Run the command line."""
+def main(given: argparse.Namespace) -> int:
+    """Run the command line; give 0, or what a signal makes of it."""
     logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
     keep_compilations()
     initialise(given.distributed)
     trust(given.trust)
-    train(given.config, given.workdir)
+    profile = parse_steps(given.profile) if given.profile else range(0)
+    try:
+        train(given.config, given.workdir, profile)
+    except Stopped as stopped:
+        if is_writer():
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.code
+    return 0
 
 
 if __name__ == "__main__":

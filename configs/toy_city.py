@@ -98,10 +98,12 @@ def _gpu() -> ConfigDict:
     config.train.max_seconds = 0.0
     config.train.init_from = ""
     config.train.init_fitting = False  # take of it what has the same shape
+    config.train.overfit = 0  # on so many clips alone, held out too
     config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.train.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.train.log_interval = 500
     config.train.checkpoint_interval = 5000
+    config.train.checkpoint_minutes = 0.0  # or so often; 0: by steps alone
     config.train.keep = 2
     config.train.save_dtype = "bfloat16"
     config.train.tensorboard = False
@@ -121,6 +123,8 @@ def _gpu() -> ConfigDict:
     config.sample.shift = 3.0
     config.sample.guidance = "none"  # scale 1 was best for PSNR
     config.sample.scales = ()
+    config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
+    config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.spacing_m = 0.375  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
     config.sample.fps = 10.0

@@ -86,10 +86,12 @@ def _gpu() -> ConfigDict:
     config.train.max_seconds = 0.0
     config.train.init_from = ""
     config.train.init_fitting = False  # take of it what has the same shape
+    config.train.overfit = 0  # on so many clips alone, held out too
     config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.train.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.train.log_interval = 50
     config.train.checkpoint_interval = 2000
+    config.train.checkpoint_minutes = 0.0  # or so often; 0: by steps alone
     config.train.keep = 2
     config.train.save_dtype = "bfloat16"
     config.train.tensorboard = False

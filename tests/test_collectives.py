@@ -1,12 +1,12 @@
 """What devices send each other in a compiled update, by kind, type and size."""
 
-import re
 from collections import Counter
 from math import prod
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cityrag_jax.checkpoint import (
@@ -16,8 +16,10 @@ from cityrag_jax.checkpoint import (
     with_parameters,
 )
 from cityrag_jax.checkpoint.descriptions import parameter_shardings
-from cityrag_jax.model.dit import DiTConfig, WanDiT
+from cityrag_jax.model.dit import DiTConfig, Prepared, TokenGrid, WanDiT
+from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 from cityrag_jax.parallel import make_mesh
+from cityrag_jax.plan import collectives as plan
 from cityrag_jax.training.optimizer import (
     OptimizerConfig,
     label_parameters,
@@ -25,19 +27,13 @@ from cityrag_jax.training.optimizer import (
     optimizer_shardings,
 )
 
-KINDS = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
-
 
 def collectives(program: str) -> list[tuple[str, list[tuple[str, int, int]]]]:
-    """Read kind and results (type, number of axes, size) from a compiled program."""
-    found = []
-    for results, kind in re.findall(rf"= (.*?) ({KINDS})(?:-start)?\(", program):
-        shapes = [
-            (dtype, [int(n) for n in shape.split(",") if n])
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", results)
-        ]
-        found.append((kind, [(dtype, len(s), prod(s)) for dtype, s in shapes]))
-    return found
+    """Give kind and results (type, number of axes, size) of each collective."""
+    return [
+        (one.kind, [(dtype, len(shape), prod(shape)) for dtype, shape in one.results])
+        for one in plan.collectives(program)
+    ]
 
 
 def after_partitioning(lowered, folder) -> str:
@@ -139,3 +135,24 @@ def test_muon_exchanges_shards_and_never_holds_a_whole_stack(sizes, layers):
     for kind, results in found:
         size = sum(size for _, _, size in results)
         assert size <= (shard if kind == "all-gather" else shard // repeated)
+
+
+def test_the_pose_branchs_gradient_is_summed_where_the_tokens_are():
+    """Frames of 12 tokens lie across shards of 15: no device is sent all of them."""
+    config = DiTConfig(dim=8, num_heads=2, num_layers=2, ffn_dim=8, in_channels=36)
+    branch = TrajectoryEncoder(config, hidden=4, rngs=nnx.Rngs(0))
+    mesh = make_mesh(2, 1, 4)
+    places = NamedSharding(mesh, PartitionSpec("data", "sequence"))
+
+    def loss(vectors, x):
+        ready = Prepared(None, vectors)
+        grid = TokenGrid((5, 3, 4), jnp.zeros((60, 1, 2)), None)
+        return (branch.after_block(None, x, grid, ready) ** 2).sum()
+
+    vectors = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
+    x = jax.ShapeDtypeStruct((2, 60, 8), jnp.float32, sharding=places)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(None, places))
+        program = gradient.lower(vectors, x).compile().as_text()
+    found = collectives(program)
+    assert found and all(size <= 2 * 5 * 8 for _, rs in found for *_, size in rs)

@@ -5,6 +5,7 @@ parameters, one set of files, and either goes on where the other stopped.
 """
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -48,8 +49,8 @@ def command(folder, name, mesh, **changes):
     )
 
 
-def run(folder, name, mesh, processes, **changes):
-    """Train in as many processes that share eight devices; give their outputs."""
+def start(folder, name, mesh, processes, **changes):
+    """Start to train in as many processes that share eight devices."""
     arguments = command(folder, name, mesh, **changes)
     environment = training_city.environment(folder, 8 // processes)
     if processes > 1:
@@ -59,7 +60,7 @@ def run(folder, name, mesh, processes, **changes):
             address = f"localhost:{free.getsockname()[1]}"
         environment["JAX_COORDINATOR_ADDRESS"] = address
         environment["JAX_NUM_PROCESSES"] = str(processes)
-    running = [
+    return [
         subprocess.Popen(
             arguments,
             cwd=training_city.ROOT,
@@ -70,6 +71,11 @@ def run(folder, name, mesh, processes, **changes):
         )
         for number in range(processes)
     ]
+
+
+def run(folder, name, mesh, processes, **changes):
+    """Train to the end; give what the processes said."""
+    running = start(folder, name, mesh, processes, **changes)
     ended = [process.communicate(timeout=LIMIT_S) for process in running]
     codes = [process.returncode for process in running]
     assert not any(codes), "\n".join(errors[-3000:] for _, errors in ended)
@@ -122,6 +128,20 @@ def test_another_number_of_processes_goes_on(folder, alone):
         shutil.rmtree(folder / name / "checkpoints" / str(STEPS))
         run(folder, name, mesh, processes)
         assert_same(folder, name, alone)
+
+
+def test_a_signal_to_one_process_stops_all_behind_the_same_step(folder):
+    long = dict(train__steps=1000, train__checkpoint_interval=1000)
+    running = start(folder, "told", (1, 4, 2), 2, **long, eval__interval=1000)
+    deadline = time.monotonic() + LIMIT_S
+    while len(read_metrics(folder / "told")) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    ended = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [143, 143], ended
+    (step,) = [int(path.name) for path in (folder / "told/checkpoints").iterdir()]
+    assert f"SIGTERM: saved step {step};" in ended[0][1]
+    assert "SIGTERM" not in ended[1][1]
 
 
 def test_a_second_training_in_a_workdir_is_refused(folder):

@@ -14,6 +14,8 @@ import pytest
 import training_city
 from orbax.checkpoint import v1 as ocp
 
+from cityrag_jax.training.log import read_metrics
+
 pytestmark = pytest.mark.long
 
 STEPS = 24
@@ -27,7 +29,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _command(folder, workdir, pool):
+def _command(folder, workdir, pool, **changes):
+    often = dict(train__checkpoint_interval=3, train__log_interval=1)
     return training_city.command(
         "toy_city.py:test",
         workdir,
@@ -35,19 +38,19 @@ def _command(folder, workdir, pool):
         model__vae=folder / "vae",
         train__steps=STEPS,
         train__pool=pool,
-        train__checkpoint_interval=3,
-        train__log_interval=1,
         eval__interval=12,
+        **often | changes,
     )
 
 
-def _start(folder, workdir, pool):
+def _start(folder, workdir, pool, stderr=subprocess.DEVNULL, **changes):
     return subprocess.Popen(
-        _command(folder, workdir, pool),
+        _command(folder, workdir, pool, **changes),
         cwd=training_city.ROOT,
         env=training_city.environment(folder),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
+        text=True,
     )
 
 
@@ -57,8 +60,9 @@ def _kill(process):
     assert process.returncode == -signal.SIGKILL
 
 
-def _finish(folder, workdir, pool):
-    result = training_city.run_trainer(_command(folder, workdir, pool), folder)
+def _finish(folder, workdir, pool, **changes):
+    command = _command(folder, workdir, pool, **changes)
+    result = training_city.run_trainer(command, folder)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -128,3 +132,27 @@ def test_killed_between_start_and_commit_of_a_save(uninterrupted):
     _finish(folder, workdir, 16)
     assert _digests(workdir) == _digests(folder / "whole16")
     assert not _saves(workdir)[1]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_stop_it_saves_the_running_step_and_says_so(
+    uninterrupted, number, code
+):
+    """No interval asks for that checkpoint; the next start goes on from it, bitwise."""
+    folder = uninterrupted
+    workdir = folder / f"told{code}"
+    rare = dict(train__checkpoint_interval=STEPS, train__log_interval=1)
+    process = _start(folder, workdir, 16, subprocess.PIPE, **rare)
+    while process.poll() is None and len(read_metrics(workdir)) < 4:
+        time.sleep(0.01)
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert time.monotonic() - sent < 10
+    (step,) = _saves(workdir)[0]
+    assert 3 <= step < STEPS
+    assert said.splitlines()[-1].startswith(f"{number.name}: saved step {step}; the")
+    assert "Traceback" not in said and not (workdir / "lock.json").exists()
+    _finish(folder, workdir, 16, **rare)
+    assert _digests(workdir) == _digests(folder / "whole16")

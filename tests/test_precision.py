@@ -44,7 +44,7 @@ def test_no_switch_makes_all_products_exact():
 
 
 def test_time_pose_and_head_are_exact_beside_bfloat16_blocks():
-    """Three products of the time, two of the pose's, its projection and the head."""
+    """Three products of the time, five of the pose branch, and the head."""
     branch = TrajectoryEncoder(CONFIG, hidden=8, rngs=nnx.Rngs(1))
     model = WanDiT(CONFIG, branches=(branch,), rngs=nnx.Rngs(0))
 
@@ -56,7 +56,7 @@ def test_time_pose_and_head_are_exact_beside_bfloat16_blocks():
     text, image = jnp.ones((1, 6, 8)), jnp.ones((1, 257, 12))
     conditions = Conditions(text=text, image=image, poses=jnp.ones((1, 9, 4, 4)))
     latents = jnp.ones((1, 3, 4, 10, 36))
-    assert len(float32_products(run, model, latents, conditions)) == 3 + 4 + 1
+    assert len(float32_products(run, model, latents, conditions)) == 3 + 5 + 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

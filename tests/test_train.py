@@ -29,9 +29,9 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.checkpoint.items import item_arrays
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.encode import clip_pixels, to_unit
+from cityrag_jax.generator import Generator
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
 from cityrag_jax.model.dit import DiTConfig, WanDiT
-from cityrag_jax.rollout import Generator
 from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.checks import check_config, flatten_config
 from cityrag_jax.training.examples import (
@@ -42,6 +42,7 @@ from cityrag_jax.training.examples import (
     open_cities,
 )
 from cityrag_jax.training.log import TrainingLog, read_metrics
+from cityrag_jax.training.losses import Losses
 from cityrag_jax.training.optimizer import (
     OptimizerConfig,
     label_parameters,
@@ -107,7 +108,7 @@ def test_the_host_runs_two_calls_ahead_of_the_devices(monkeypatch):
     """Each brings a batch with it."""
     waited = []
     monkeypatch.setattr(jax, "block_until_ready", waited.append)
-    losses = trainer._Losses(patience=3)
+    losses = Losses(patience=3)
     calls = [{"loss": jnp.full(1, step)} for step in range(5)]
     for step, metrics in enumerate(calls):
         losses.add(step, metrics)
@@ -129,13 +130,20 @@ def test_the_seconds_spent_waiting_for_data_are_counted():
     assert waiting.take_seconds() == 0
 
 
-def test_a_resumed_training_is_bitwise_the_same(folder, config, finished):
-    """As if killed behind step 5: digests of parameters, average, optimiser."""
+def test_a_resumed_training_is_bitwise_the_same(folder, config, finished, capsys):
+    """From step 5, as the newest is damaged: parameters, average, optimiser."""
     again = folder / "again"
     shutil.copytree(finished, again)
     shutil.rmtree(again / "model")
-    shutil.rmtree(again / "checkpoints" / "10")
+    files = [p for p in (again / "checkpoints/10/params").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
     trainer.train(config, again)
+    said = capsys.readouterr().out
+    assert "10 is damaged" in said and "which repeats 5 steps" in said
+    assert (again / "damaged-10" / "params").exists()
     assert _checkpoint_parameters(again) == _checkpoint_parameters(finished)
     steps = [line["step"] for line in read_metrics(again)]
     assert steps == sorted(steps)
@@ -662,10 +670,9 @@ def test_a_swapped_clip_gets_the_condition_before_it():
 
 
 def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
-    log = TrainingLog(tmp_path, 0, 20, tensorboard=False)
-    for step in (5, 10, 15):
-        log.report(step, {"loss": float("nan") if step == 5 else 1.0})
-    log.close()
+    with TrainingLog(tmp_path, 0, 20, tensorboard=False) as log:
+        for step in (5, 10, 15):
+            log.report(step, {"loss": float("nan") if step == 5 else 1.0})
     TrainingLog(tmp_path, 10, 20, tensorboard=False).close()
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [5, 10]

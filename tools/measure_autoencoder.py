@@ -9,22 +9,29 @@ truth and against float32's own, when it has gone through the autoencoder once, 
 and so on as 8-bit pixels. A long video goes through once at every join.
 """
 
+import argparse
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 from flax import nnx
 from jaxtyping import Array, Float32, UInt8
-from ml_collections import config_flags
 
 from cityrag_jax.checkpoint import Bundle, computing_in, latest_model
+from cityrag_jax.commands import Command
 from cityrag_jax.data.clips import held_out_clips
 from cityrag_jax.encode import to_pixels, to_unit
 from cityrag_jax.metrics.image import psnr
 from cityrag_jax.model.vae import WanVAE
 from cityrag_jax.training.examples import clip_config, open_cities
+
+COMMAND = Command(__doc__)
+COMMAND.needs_config()
+COMMAND.needs("--checkpoint", help="model folder or training workdir")
+COMMAND.needs("--city", help="city folder")
+COMMAND.takes("--clips", type=int, default=4, help="how many held-out clips")
+COMMAND.takes("--rounds", type=int, default=10, help="how often each goes through")
 
 Videos = UInt8[np.ndarray, "B T H W 3"]
 
@@ -49,10 +56,8 @@ def rounds(
         yield np.stack(latents), videos
 
 
-def main(_) -> None:
+def main(given: argparse.Namespace) -> None:
     """Measure and print."""
-    given = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
     ((city, pairs),) = open_cities(given.city)
     clips = held_out_clips(city, pairs, clip_config(given.config.data), given.clips)
     truth = np.stack([clip.frames for clip in clips])
@@ -77,12 +82,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, such as configs/toy_city.py.", lock_config=True
-    )
-    flags.DEFINE_string("checkpoint", None, "Model folder or training workdir.")
-    flags.DEFINE_string("city", None, "City folder.")
-    flags.DEFINE_integer("clips", 4, "How many held-out clips.")
-    flags.DEFINE_integer("rounds", 10, "How often each goes through.")
-    flags.mark_flags_as_required(["config", "checkpoint", "city"])
-    app.run(main)
+    COMMAND.run(main)

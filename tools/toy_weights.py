@@ -18,7 +18,27 @@ import sys
 import time
 from pathlib import Path
 
+from cityrag_jax.commands import Command
 from cityrag_jax.training.log import read_metrics
+
+COMMAND = Command(__doc__)
+COMMAND.needs("--out", type=Path, help="folder for cities, trainings, weights, logs")
+COMMAND.takes("--minutes", type=float, default=18, help="to train the transformer")
+COMMAND.takes(
+    "--start",
+    default="configs/toy_city_weights",
+    help="model that both trainings go on from; empty: from scratch",
+)
+COMMAND.takes("--autoencoder-updates", type=int, default=2200, help="of clips of 8")
+COMMAND.takes("--parts", type=int, default=2, help="cities of a name, a process each")
+COMMAND.takes("--size", choices=("gpu", "test"), default="gpu", help="of everything")
+for part in ("autoencoder", "transformer"):
+    COMMAND.takes(
+        f"--{part}-flags",
+        type=str.split,
+        default=(),
+        help=f"more flags for the training of the {part}, in one string",
+    )
 
 TRAINED_ON = {
     "gpu": ("paris", "tokyo", "philadelphia", "london", "sao_paulo"),
@@ -43,6 +63,7 @@ class Recipe:
         self.given = given
         self.out = given.out
         self.began = time.monotonic()
+        self.started: list[subprocess.Popen] = []
         (self.out / "log").mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -107,10 +128,10 @@ class Recipe:
         self.wait(self.transformer("warm_transformer", first, model, 0, *short))
         self.wait(compiling)
         lines = read_metrics(self.out / "warm_transformer")
-        speed = [x["steps_per_second"] for x in lines if "steps_per_second" in x][-1]
-        self.say(f"{speed:.2f} updates a second.")
+        each = [x["seconds_per_step"] for x in lines if "seconds_per_step" in x][-1]
+        self.say(f"{each:.4f} seconds an update.")
         rounded = 500 if given.size == "gpu" else 10
-        return max(1, int(CAUTION * speed * 60 * given.minutes) // rounded) * rounded
+        return max(1, int(CAUTION * 60 * given.minutes / each) // rounded) * rounded
 
     def autoencoder(self, name: str, cities: str, updates: int, *flags: str):
         """Start a training of the autoencoder in the folder `name`."""
@@ -185,46 +206,22 @@ class Recipe:
                 stderr=subprocess.STDOUT,
             )
         process.log = log
+        self.started.append(process)
         return process
 
     def wait(self, *processes: subprocess.Popen | None) -> None:
         """Wait for commands; the first that failed ends all of it."""
         for process in processes:
             if process is not None and process.wait():
+                for other in self.started:
+                    other.terminate()
                 tail = process.log.read_text()[-2000:]
-                raise SystemExit(f"error: {process.log} ends so:\n{tail}")
+                raise ValueError(f"{process.log} ends so:\n{tail}")
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
         print(f"[{time.monotonic() - self.began:5.0f} s] {text}", flush=True)
 
 
-def main() -> None:
-    """Parse and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=18, help="for the transformer")
-    parser.add_argument(
-        "--start",
-        default="configs/toy_city_weights",
-        help="model that both trainings go on from; empty: from scratch",
-    )
-    parser.add_argument("--autoencoder-updates", type=int, default=2200)
-    parser.add_argument(
-        "--parts", type=int, default=2, help="cities of a name; a process each"
-    )
-    parser.add_argument("--size", choices=CITY, default="gpu", help="of everything")
-    for name in ("autoencoder", "transformer"):
-        parser.add_argument(
-            f"--{name}-flags",
-            type=str.split,
-            default=(),
-            help=f"more flags for the training of the {name}, in one string",
-        )
-    Recipe(parser.parse_args()).run()
-
-
 if __name__ == "__main__":
-    main()
+    COMMAND.run(lambda given: Recipe(given).run())

@@ -29,6 +29,7 @@ from cityrag_jax.checkpoint.bundles import (
     verify_bundle,
 )
 from cityrag_jax.checkpoint.descriptions import (
+    COMPUTING,
     Arrays,
     Description,
     abstract_model,
@@ -43,19 +44,22 @@ from cityrag_jax.checkpoint.descriptions import (
     with_adapters,
     with_parameters,
 )
-from cityrag_jax.checkpoint.digests import TRUST, trust, trusted
+from cityrag_jax.checkpoint.digests import TRUST, Damaged, trust, trusted
 from cityrag_jax.checkpoint.training import (
     TrainingCheckpoints,
+    identify_model,
     latest_model,
     load_frozen,
     save_frozen,
 )
 
 __all__ = [
+    "COMPUTING",
     "FORMAT",
     "TRUST",
     "Arrays",
     "Bundle",
+    "Damaged",
     "Description",
     "Modules",
     "TrainingCheckpoints",
@@ -65,6 +69,7 @@ __all__ = [
     "computing_in",
     "describe",
     "draw_parameters",
+    "identify_model",
     "latest_model",
     "load_bundle",
     "load_frozen",

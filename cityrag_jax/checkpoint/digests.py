@@ -154,8 +154,12 @@ def _as_tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names or ()
 
 
+class Damaged(ValueError):
+    """What lies on the disk is not what was written."""
+
+
 def check_digests(arrays: Arrays, digests: Mapping[str, int], path: Path) -> None:
-    """Raise ValueError with the arrays whose checksum differs from the stored one."""
+    """Raise `Damaged` with the arrays whose checksum differs from the stored one."""
     raise_damaged(broken_arrays(arrays, digests), len(arrays), path)
 
 
@@ -169,9 +173,9 @@ def broken_arrays(
 
 
 def raise_damaged(broken: list[str], count: int, path: Path) -> None:
-    """Raise ValueError if any of `count` arrays is broken."""
+    """Raise `Damaged` if any of `count` arrays is broken."""
     if broken:
-        raise ValueError(
+        raise Damaged(
             f"{path} is damaged: the checksum of {len(broken)} of {count} arrays "
             f"differs from the one stored ({_some(broken)}). Delete this folder and "
             "take an older checkpoint or another copy."
@@ -201,9 +205,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def unreadable(path: Path, error: Exception) -> Damaged:
     """Say that Orbax or tensorstore could not read a folder, with their first line."""
-    return ValueError(
+    return Damaged(
         f"{path} is damaged and cannot be read ({first_line(error)}). Delete this "
         "folder and take an older checkpoint or another copy."
     )

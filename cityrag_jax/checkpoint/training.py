@@ -9,6 +9,7 @@ verifies the digests.
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from cityrag_jax.checkpoint.bundles import (
     Bundle,
     Modules,
     abstract_parameters,
+    identify_bundle,
     is_bundle,
     load_bundle,
 )
@@ -45,13 +47,15 @@ from cityrag_jax.checkpoint.digests import (
     sum_arrays,
     unreadable,
 )
-from cityrag_jax.checkpoint.files import renamed
+from cityrag_jax.checkpoint.files import read_json, renamed
 from cityrag_jax.checkpoint.items import (
+    DIGESTS,
     abstract_layer,
     is_stacked,
     read_arrays,
     write_arrays,
 )
+from cityrag_jax.parallel import on_writer
 
 FROZEN = Path("base", "frozen")
 
@@ -84,6 +88,24 @@ def latest_model(
         f"list modules in format {FORMAT}. Give a training workdir or a folder made by "
         "tools/convert_wan.py."
     )
+
+
+def identify_model(path: Path | str) -> str:
+    """Give a digest of the weights that `latest_model` opens, none of them read.
+
+    It is made of the digests that are stored beside them.
+    """
+    path = Path(path).absolute()
+    for folder in (path, path / "model"):
+        if is_bundle(folder):
+            return identify_bundle(folder)
+    if not is_bundle(path / "base"):
+        latest_model(path)  # raises what there is to say
+    with TrainingCheckpoints(path / "checkpoints") as checkpoints:
+        digests = [identify_bundle(path / "base"), checkpoints.read_digests()]
+    if (path / FROZEN).exists():
+        digests.append(read_json(path / FROZEN / DIGESTS))
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def save_frozen(workdir: Path, frozen: Arrays, stacked: frozenset[str]) -> None:
@@ -165,7 +187,8 @@ class TrainingCheckpoints:
     ) -> tuple[dict[str, PyTree], dict[str, Any]]:
         """Read groups as their abstract arrays say, and the notes, of the newest step.
 
-        Raises ValueError if names or shapes differ or a checksum does not fit.
+        Raises ValueError if names or shapes differ, `Damaged` if a checksum does not
+        fit or a file cannot be read.
         """
         step = self._newest() if step is None else step
         path = self.folder / str(step)
@@ -182,9 +205,24 @@ class TrainingCheckpoints:
             result[group] = jax.tree.unflatten(structure, list(arrays.values()))
         return result, record["notes"]
 
+    def set_aside(self, step: int) -> Path:
+        """Move a checkpoint that cannot be used beside the folder; say where it is."""
+        path = self.folder.parent / f"damaged-{step}"
+        number = 1
+        while path.exists():
+            number += 1
+            path = self.folder.parent / f"damaged-{step}-{number}"
+        on_writer(lambda: (self.folder / str(step)).rename(path))
+        self._checkpointer.reload()
+        return path
+
     def read_notes(self, step: int | None = None) -> dict[str, Any]:
         """Read the notes alone."""
         return self._read_record(self._newest() if step is None else step)["notes"]
+
+    def read_digests(self) -> dict[str, Any]:
+        """Read the digests of the newest checkpoint's arrays."""
+        return self._read_record(self._newest())["digests"]
 
     def load_model(
         self,

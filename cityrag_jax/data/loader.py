@@ -52,6 +52,22 @@ class Rows(grain.MapDataset):
         return self._parent[batch * self._size + self._rows[row]]
 
 
+class Repeated(grain.MapDataset):
+    """The first `count` elements again and again, as they were drawn."""
+
+    def __init__(self, parent: grain.MapDataset, count: int):
+        super().__init__(parent)
+        self._count = count
+
+    def __len__(self):
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._parent[index % self._count]
+
+
 def training_clips(
     sources: Sequence[tuple[City, Pairs]],
     config: ClipConfig,
@@ -62,12 +78,14 @@ def training_clips(
     rows: Sequence[int] | Int64[np.ndarray, " rows"] | None = None,
     num_threads: int = 4,
     num_workers: int = 0,
+    first_clips: int = 0,
 ) -> grain.DatasetIterator:
     """Give this process's rows of endless batches of clips, from `start_step` on.
 
     `batch_size` is that of all processes together, `rows` those that this one feeds
-    (None: all). To resume, the step is enough. Two batches wait in the host's memory,
-    or five clips of each worker where that is more. Close the iterator when done.
+    (None: all); `first_clips` above 0 repeats so many. To resume, the step is enough.
+    Two batches wait in the host's memory, or five clips of each worker where that is
+    more. Close the iterator when done.
     """
     total = sum(len(pairs) for _, pairs in sources)
     if total == 0:
@@ -76,6 +94,8 @@ def training_clips(
     clips = grain.MapDataset.range(total).seed(seed).shuffle().repeat()
     # Drawing before the choice of rows makes a clip independent of the processes.
     clips = clips.random_map(DrawClip(sources, config))
+    if first_clips:
+        clips = Repeated(clips, first_clips)
     mine = list(range(batch_size)) if rows is None else [int(row) for row in rows]
     clips, count = Rows(clips, mine, batch_size), len(mine)
     # Clips go through threads and workers, in turn: batches would be too many at once.

@@ -16,6 +16,9 @@ from cityrag_jax.model.dit import (
     stack_layers,
 )
 from cityrag_jax.model.layers import MLP, ZEROS, Linear
+from cityrag_jax.parallel import shard
+
+HIGHEST = jax.lax.Precision.HIGHEST  # so that a float32 passes unchanged
 
 
 class TrajectoryEncoder(Branch):
@@ -74,6 +77,12 @@ class TrajectoryEncoder(Branch):
                 f"Poses make {prepared.layerwise.shape[1]} latent frames, the video "
                 f"has {t}; give one pose a frame."
             )
-        addend = jnp.repeat(prepared.layerwise, h * w, axis=1)
-        padding = x.shape[1] - addend.shape[1]
-        return add(x, jnp.pad(addend, ((0, 0), (0, padding), (0, 0))))
+        # By a product, so that the gradient is summed on the devices where the tokens
+        # are: frames do not begin where the shards do, and behind a repetition each
+        # device would be sent all tokens. Padded tokens are in no frame.
+        frames = jax.nn.one_hot(jnp.arange(x.shape[1]) // (h * w), t)
+        frames = shard(frames, "tokens", None)
+        addend = jnp.einsum(
+            "Lt,BtD->BLD", frames, prepared.layerwise, precision=HIGHEST
+        )
+        return add(x, addend)

@@ -19,6 +19,7 @@ from cityrag_jax.training.tasks import describe_model
 FREE_KEYS = (
     *("train.mesh.", "train.rules.", "train.max_seconds", "train.log_interval"),
     *("train.keep", "train.tensorboard", "train.micro_batches"),
+    *("train.checkpoint_minutes",),
     *("data.threads", "data.workers"),
     *("eval.table_clips", "eval.batch_size", "eval.noise_levels", "sample."),
 )
@@ -93,6 +94,8 @@ def check_config(config: ConfigDict) -> None:
     require(
         0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."
     )
+    for name in ("max_seconds", "checkpoint_minutes", "overfit"):
+        require(t[name] >= 0, f"train.{name} is {t[name]}; 0 turns it off.")
     if config.task == "CityRAG":
         _check_transformer(config, mesh, require)
     try:

@@ -29,6 +29,7 @@ from cityrag_jax.data.loader import training_clips
 from cityrag_jax.data.pairs import Pairs, load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.parallel import batch_share, is_writer, place_batch
+from cityrag_jax.training.log import announce
 from cityrag_jax.training.task import Examples
 
 Sources = list[tuple[City, Pairs]]
@@ -78,6 +79,7 @@ def stream(
         rows=batch_share(mesh, size),
         num_threads=config.data.threads,
         num_workers=config.data.workers,
+        first_clips=config.train.overfit,
     )
     return (place_batch(clip, mesh, size) for clip in batches)
 
@@ -131,12 +133,13 @@ class Pool:
         clips = stream(sources, config, self._next, mesh, size)
         self._encoded = map(encode, clips)
         self._examples = None
+        announce(f"encoding the first {(joined - self._next) * size} clips of the pool")
         bar = tqdm.tqdm(
             total=joined - self._next,
             desc="encoding clips",
             unit="batch",
             dynamic_ncols=True,
-            disable=not is_writer(),
+            disable=not is_writer() or None,  # None: where stderr is no terminal
         )
         with bar:
             while self._next < joined:
@@ -202,11 +205,10 @@ def pool_size(config: ConfigDict) -> int:
 
 
 def clips_at_once(config: ConfigDict) -> int:
-    """Count the held-out clips of a batch: those of training, to compile once."""
+    """Count the held-out clips of a batch: those of a part of training's, which fit."""
     train = config.train
-    return min(
-        train.encode_batch if train.pool else train.batch_size, config.eval.clips
-    )
+    part = train.batch_size // train.micro_batches
+    return min(train.encode_batch if train.pool else part, config.eval.clips)
 
 
 def held_out_examples(
@@ -215,7 +217,15 @@ def held_out_examples(
     config: ConfigDict,
     mesh: Mesh | None,
 ) -> list[Examples]:
-    """Encode `eval.clips` held-out clips, shared among the cities, in batches."""
+    """Encode `eval.clips` held-out clips, shared among the cities, in batches.
+
+    Where the training repeats the same clips, encode these instead.
+    """
+    if config.train.overfit:
+        size = clips_at_once(config)
+        count = -(-config.train.overfit // size)
+        batches = stream(sources, config, 0, mesh, size)
+        return [encode(next(batches)) for _ in range(count)]
     clips = clip_config(config.data)
     share = -(-config.eval.clips // len(sources))
     limits = dict(seed=config.eval.seed, min_rotation_deg=config.eval.min_rotation_deg)

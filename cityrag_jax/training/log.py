@@ -1,11 +1,13 @@
 """What a person sees of a training, and what is kept of it.
 
-A progress bar with loss, speed and time left; `metrics.jsonl` in the workdir, one line
-for each report; TensorBoard files if asked for.
+On a terminal a progress bar; where stdout is none (a file, a pipe, a cluster's log)
+plain lines instead, each with the time of the day, written at once. `metrics.jsonl` in
+the workdir has one line for each report; TensorBoard files if asked for.
 """
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +15,41 @@ from typing import Any
 
 import tqdm
 
+from cityrag_jax.parallel import is_writer
+
 TIMED_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} s{postfix}"
+# What a line says of a report, in order, and how.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "held_out": "held-out {:.4f}",
+    "seconds_per_step": "{:.2f} s a step",
+    "mfu": "MFU {:.1%}",
+    "data_wait_s": "data wait {:.2f} s",
+    "memory_gib": "memory {:.1f} GiB",
+    "learning_rate": "rate {:.2g}",
+}
+
+
+def say(text: str) -> None:
+    """Print a line, of one process, above any bar."""
+    if is_writer():
+        with tqdm.tqdm.external_write_mode():
+            print(text, flush=True)
+
+
+def announce(text: str) -> None:
+    """Print what begins now, with the time: something that may take minutes."""
+    say(f"{time.strftime('%H:%M:%S')} {text}")
 
 
 class NoLog:
     """What the processes that are not the writer report to."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def report(
         self, step: int, metrics: Mapping[str, float], seconds: float = 0.0
@@ -25,7 +57,6 @@ class NoLog:
         """Do nothing, as all else here."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def say(self, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -47,37 +78,42 @@ class TrainingLog(NoLog):
         self._path = Path(workdir) / "metrics.jsonl"
         _forget_after(self._path, first_step)
         self._file = self._path.open("a")
-        self._timed = max_seconds > 0
+        self._last_step, self._max_seconds = last_step, max_seconds
         counted = dict(total=last_step, initial=first_step, unit="step")
-        if self._timed:
+        if max_seconds > 0:
             counted = dict(total=round(max_seconds), unit="s", bar_format=TIMED_BAR)
-        self._bar = tqdm.tqdm(**counted, dynamic_ncols=True)
+        hidden = not sys.stderr.isatty()
+        self._bar = tqdm.tqdm(**counted, dynamic_ncols=True, disable=hidden)
+        self._plain = not sys.stdout.isatty()
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(workdir))
-        self._step, self._time = first_step, time.monotonic()
 
     def report(
         self, step: int, metrics: Mapping[str, float], seconds: float = 0.0
     ) -> None:
-        """Write the numbers of a step, with the speed since the last report.
+        """Write the numbers of a step; `seconds` is what is spent of the limit of time.
 
-        `seconds` is what is spent of the limit of time. Of `data_wait_s`, the seconds
-        that a step waited for its clips, the bar shows what can be noticed.
+        Of `data_wait_s`, the seconds that a step waited for its clips, the bar shows
+        what can be noticed.
         """
-        now = time.monotonic()
-        speed = (step - self._step) / max(now - self._time, 1e-9)
-        done = min(round(seconds), self._bar.total) if self._timed else step
-        self._bar.update(done - self._bar.n)
-        shown = {"step": str(step)} if self._timed else {}
+        done = min(round(seconds), round(self._max_seconds)) or step
+        self._bar.update((done if self._max_seconds > 0 else step) - self._bar.n)
+        shown = {"step": str(step)} if self._max_seconds > 0 else {}
         shown |= {k: f"{metrics[k]:.4f}" for k in ("loss", "held_out") if k in metrics}
+        if "mfu" in metrics:
+            shown["MFU"] = f"{metrics['mfu']:.1%}"
         if metrics.get("data_wait_s", 0) >= 0.01:
             shown["data wait"] = f"{metrics['data_wait_s']:.2f} s"
         self._bar.set_postfix(shown)
-        self._step, self._time = step, now
-        self.write(step, {**metrics, "steps_per_second": speed})
+        if self._plain:
+            left = (self._last_step - step) * metrics.get("seconds_per_step", 0.0)
+            if self._max_seconds > 0:
+                left = min(left, max(self._max_seconds - seconds, 0.0))
+            announce(describe_report(step, self._last_step, metrics, left))
+        self.write(step, metrics)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write numbers without moving the bar."""
@@ -89,16 +125,38 @@ class TrainingLog(NoLog):
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bar.write(text)
-
     def close(self) -> None:
         """Close bar and files."""
         self._bar.close()
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def describe_report(
+    step: int, last_step: int, metrics: Mapping[str, float], left_s: float
+) -> str:
+    """Put a report into a line."""
+    said = [
+        form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics
+    ]
+    if metrics.get("refused"):
+        said.append(f"{metrics['refused']:.0f} updates refused: not finite")
+    said.append(f"{describe_time(left_s)} left")
+    return f"step {step}/{last_step}: {', '.join(said)}"
+
+
+def describe_time(seconds: float) -> str:
+    """Say how long something takes: 42 s, 17 min, 3 h 05 min, 6 d 14 h."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cityrag_jax.checkpoint import (
     Bundle,
+    Damaged,
     Modules,
     TrainingCheckpoints,
     computing_in,
@@ -23,6 +24,7 @@ from cityrag_jax.checkpoint import (
     save_frozen,
 )
 from cityrag_jax.parallel import loading_dtype
+from cityrag_jax.training.log import announce, say
 from cityrag_jax.training.optimizer import split_frozen
 from cityrag_jax.training.program import Program
 from cityrag_jax.training.step import TrainState
@@ -90,10 +92,14 @@ def resume(
     checkpoints: TrainingCheckpoints,
     seed: int,
 ) -> Values:
-    """Read the values of the newest checkpoint; ValueError if its seed is another."""
+    """Read the values of the newest whole checkpoint.
+
+    A damaged one is set aside and the one before it is taken. Raises ValueError if none
+    is left, or if the seed is another.
+    """
     wanted = {name: getattr(program.state, name) for name in GROUPS}
     wanted["step"] = {"step": program.state.step}
-    groups, notes = checkpoints.restore(wanted, program.stacked)
+    groups, notes = _restore_newest(checkpoints, wanted, program.stacked)
     if notes["seed"] != seed:
         raise ValueError(
             f"The checkpoint was trained with seed {notes['seed']}, the config has "
@@ -102,6 +108,26 @@ def resume(
     state = TrainState(groups.pop("step")["step"], **groups)
     frozen = load_frozen(workdir, program.frozen, program.stacked)
     return state, frozen, _open_encoders(program, base)
+
+
+def _restore_newest(checkpoints, wanted, stacked):
+    while True:
+        *older, newest = checkpoints.steps
+        announce(f"reading the checkpoint of step {newest}")
+        try:
+            return checkpoints.restore(wanted, stacked, newest)
+        except Damaged as error:
+            path = checkpoints.set_aside(newest)
+            say(f"{error}")
+            if not older:
+                raise ValueError(
+                    f"{path} was the only checkpoint and is damaged; remove "
+                    f"{checkpoints.folder.parent} to start anew."
+                ) from error
+            say(
+                f"It is set aside as {path}; going on from step {older[-1]}, which "
+                f"repeats {newest - older[-1]} steps."
+            )
 
 
 def save(

@@ -1,0 +1,130 @@
+"""Memory of one device in an update, by formula, where no compiler can be asked.
+
+What is held all the time is exact: shards of what the program takes. What comes and
+goes is counted tensor by tensor where it is large. `plan.report` prints the formula
+beside the compiler's own count, wherever there is one.
+"""
+
+import math
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cityrag_jax.batch import TIME_STRIDE
+from cityrag_jax.checkpoint import read_config
+from cityrag_jax.parallel import RULES
+from cityrag_jax.plan.operations import model_of, sizes_of
+from cityrag_jax.training.program import Program
+
+FLOAT, HALF = 4, 2
+
+# Widths of a token that a block's backward pass holds at once, in bfloat16: normed and
+# modulated inputs, q, k, v of an attention before and behind the exchange with their
+# gradients, the stream and its gradient in float32.
+BLOCK_WIDTHS = 24
+# Copies of the widest activation that the autoencoder's first level holds: input,
+# result, the three time taps side by side, caches, and what is being read.
+ENCODER_COPIES = 10
+
+
+def shard_bytes(tree: Any) -> int:
+    """Sum up what one device holds of abstract arrays with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def clips_at_once(config: ConfigDict, mesh: dict[str, int]) -> float:
+    """Count the clips whose tokens one device has a part of, at a time."""
+    axes = {**RULES, **dict(config.train.rules)}["batch"]
+    ways = math.prod(mesh[name] for name in axes)
+    return config.train.batch_size / config.train.micro_batches / ways
+
+
+def memory_by_formula(
+    config: ConfigDict, program: Program, mesh: dict[str, int]
+) -> dict[str, float]:
+    """Give bytes of a device by what they are for; the last one is the peak.
+
+    Held: parameters, optimiser, average, frozen, encoders, batch. The peak adds the
+    most that one of three times needs: encoding, the backward pass, the optimiser.
+    """
+    state = program.state
+    held = {
+        "trained parameters": shard_bytes(state.params),
+        "optimiser": shard_bytes(state.optimizer),
+        "average": shard_bytes(state.ema),
+        "frozen parameters": shard_bytes(program.frozen),
+        "encoders": shard_bytes(program.encoders),
+        "clips": shard_bytes(program.batch),
+    }
+    gradients = held["trained parameters"]
+    if config.train.micro_batches > 1:
+        gradients *= 2  # the sum so far, and what is added to it
+    saved = saved_by_blocks(config, mesh)
+    work = block_work(config, program, mesh)
+    times = {
+        "gradients": gradients,
+        "saved for the backward pass": saved,
+        "work of a block": work,
+    }
+    backward = sum(times.values())
+    optimiser = 3 * held["trained parameters"]  # gradients, directions, momentum
+    encoding = encoder_work(config, program, mesh)
+    peak = sum(held.values()) + max(backward, optimiser, encoding)
+    others = {"encoding": encoding, "optimising": optimiser, "peak": peak}
+    return {name: float(size) for name, size in (held | times | others).items()}
+
+
+def saved_by_blocks(config: ConfigDict, mesh: dict[str, int]) -> float:
+    """Count what all blocks keep on the device: their inputs, their kernels' results.
+
+    A kernel keeps its result in bfloat16 and a float32 number a head and token.
+    """
+    model, sizes = model_of(config), sizes_of(config)
+    stream = jax.numpy.dtype(config.train.stream_dtype).itemsize * model.dim
+    kernel = HALF * model.dim + FLOAT * model.num_heads
+    if not model.remat:
+        widths = BLOCK_WIDTHS + 4 * model.ffn_dim / model.dim
+        each = HALF * model.dim * widths
+    else:
+        each = 0 if "block_input" in model.offload else stream
+        each += sum(kernel for name in model.keep if name != "block_input")
+    tokens = sizes.video * clips_at_once(config, mesh) / mesh["sequence"]
+    return float(model.num_layers * tokens * each)
+
+
+def block_work(config: ConfigDict, program: Program, mesh: dict[str, int]) -> float:
+    """Count what the backward pass of one block needs for itself.
+
+    Beside the activations: the tokens of the condition, normed and their gradient, in
+    float32; two blocks' weights gathered in bfloat16; one's gradients in float32.
+    """
+    model, sizes = model_of(config), sizes_of(config)
+    clips = clips_at_once(config, mesh) / mesh["sequence"]
+    video, condition = sizes.video * clips, sizes.condition * clips
+    widths = BLOCK_WIDTHS * model.dim + 4 * model.ffn_dim
+    activations = HALF * widths * (video + condition) / 2
+    tokens = 2 * FLOAT * model.dim * condition
+    block, trained = (
+        sum(x.size for n, x in group.items() if n in program.stacked) / model.num_layers
+        for group in (program.parameters, program.state.params)
+    )
+    weights = 2 * HALF * block + FLOAT * trained
+    return float(activations + tokens + weights)
+
+
+def encoder_work(config: ConfigDict, program: Program, mesh: dict[str, int]) -> float:
+    """Count what the autoencoder's widest level needs for a group of four frames.
+
+    Target and condition of the clips at a time are shared among `sequence`.
+    """
+    if config.train.pool or "vae" not in program.task.encoders:
+        return 0.0
+    vae, data = read_config(program.task.encoders["vae"]), config.data
+    videos = math.ceil(2 * clips_at_once(config, mesh) / mesh["sequence"])
+    itemsize = jax.numpy.dtype(vae.dtype).itemsize
+    frame = data.height * data.width * vae.base_dim * itemsize
+    return float(videos * TIME_STRIDE * frame * ENCODER_COPIES)
