@@ -202,7 +202,7 @@ def main(given: argparse.Namespace) -> None:
     say("A path around a corner, and a photo taken where it starts, another day")
     draw_path(plan, held_out, out / "path.geojson")
     poses = read_path(out / "path.geojson", city, float(config.sample.spacing_m))
-    generator = open_generator(config, weights)
+    generator = open_generator(config, weights, cities=[city])
     rows = {}
     for seed in seeds:
         say(f"Photo {seed}: {len(poses)} frames with retrieved panoramas, and without")

@@ -192,9 +192,11 @@ def evaluate(
     """
     began = time.monotonic()
     table = Table(report.open_folder(out), config.eval.table_clips)
-    clips = read_clips(config, open_cities(cities))
-    mesh = open_mesh(dict(config.sample.mesh))
-    generator = open_generator(config, checkpoint, mesh=mesh)
+    sources = open_cities(cities)
+    kinds = dict(mesh=open_mesh(dict(config.sample.mesh)))
+    kinds["cities"] = [city for city, _ in sources]
+    generator = open_generator(config, checkpoint, **kinds)
+    clips = read_clips(config, sources)
     bar = tqdm.tqdm(clips, desc="scoring", unit="batch", dynamic_ncols=True)
     for number, batch in enumerate(bar):
         examples = {}

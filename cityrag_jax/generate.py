@@ -134,6 +134,7 @@ class Request:
         """Open the model on the config's mesh."""
         mesh = open_mesh(dict(self.config.sample.mesh))
         kinds = dict(mesh=mesh, without=self.without, text=self.text)
+        kinds["cities"] = [self.city]
         return open_generator(self.config, self.checkpoint, **kinds)
 
     def identity(self) -> dict[str, Any]:

@@ -129,13 +129,15 @@ def read_checkpoint(folder):
         return checkpoints.restore(wanted, stacked, step=7)
 
 
-def make_city(folder):
-    drives = [synthetic_city.line((0, y, 2), 90, 12) for y in (0, 1, 200, 201)]
+def make_city(folder, captures=12, num_frames=5):
+    places = (0, 1, 200, 201)
+    drives = [synthetic_city.line((0, y, 2), 90, captures) for y in places]
     poses = [pose for drive in drives for pose in drive]
     pictures = (synthetic_city.direction_panorama(pose, 128) for pose in poses)
     columns = synthetic_city.columns(drives, neighbourhoods=[0, 0, 1, 1])
-    write_city(folder / "city", synthetic_city.header(), columns, pictures)
-    mine_city(folder / "city", num_frames=5, held_out_fraction=0.5)
+    header = dataclasses.replace(synthetic_city.header(), generator={"toy_city": {}})
+    write_city(folder / "city", header, columns, pictures)
+    mine_city(folder / "city", num_frames=num_frames, held_out_fraction=0.5)
 
 
 def read_city(folder):
@@ -243,11 +245,10 @@ def test_a_door_makes_nothing_of_damaged_weights(tmp_path):
     shutil.copytree(ROOT / "configs" / "toy_city_weights", tmp_path / "weights")
     files = (tmp_path / "weights" / "vae").rglob("d/*")
     flip(max(files, key=lambda file: file.stat().st_size), 500_000, 6)
-    make_city(tmp_path)
+    make_city(tmp_path, captures=45, num_frames=33)
     words = ["--config=configs/toy_city.py", "--config.eval.table_clips=2"]
     words += ["--config.eval.batch_size=2", f"--checkpoint={tmp_path / 'weights'}"]
     words += [f"--city={tmp_path / 'city'}", f"--out={tmp_path / 'out'}"]
-    words += ["--config.data.num_frames=5", "--config.data.condition_frames=(5,5)"]
     ended = subprocess.run(
         [sys.executable, "-m", "cityrag_jax.evaluate", *words],
         cwd=ROOT,
