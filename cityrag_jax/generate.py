@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 from cityrag_jax import report
 from cityrag_jax.checkpoint import TRUST, identify_model, trust
 from cityrag_jax.commands import Command, find_shipped
+from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
 from cityrag_jax.generator import (
@@ -41,9 +42,6 @@ from cityrag_jax.generator import (
     open_mesh,
     with_mesh,
 )
-from cityrag_jax.geo.matching import fill_heights
-from cityrag_jax.geo.path_files import parse_path
-from cityrag_jax.geo.trajectory import poses_on_earth
 from cityrag_jax.parallel import (
     DISTRIBUTED,
     any_process,
@@ -72,17 +70,6 @@ def fit_photo(
     shrinks = keep_h > height
     kind = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return cv2.resize(middle, (width, height), interpolation=kind)
-
-
-def read_path(
-    path: Path | str, city: City, spacing_m: float
-) -> Float64[np.ndarray, "N 4 4"]:
-    """Read a path file as camera poses on Earth, one every `spacing_m`."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a GeoJSON or CSV path.")
-    places = fill_heights(city.index, parse_path(path.read_text(), path.name))
-    return poses_on_earth(places, spacing_m)
 
 
 def read_text(path: Path | str) -> Float32[np.ndarray, "S E"]:

@@ -17,7 +17,7 @@ from cityrag_jax.commands.config_files import flatten, unused_meanings
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = str(ROOT / "configs" / "toy_city.py")
-DOORS = ("demo", "doctor", "train", "generate", "evaluate")
+DOORS = ("demo", "doctor", "train", "generate", "evaluate", "survey")
 OPTIONAL = ("build_city", "count_parameters", "demo", "doctor")  # nothing is needed
 TOOLS = ("benchmark_training", "build_city", "count_parameters")
 

@@ -12,7 +12,7 @@ FLOORS = [
     {"encode", "convert", "report"},
     {"sampling", "generator", "rollout", "recording", "jobs", "plan"}
     | {"training", "commands"},
-    {"train", "generate", "evaluate", "doctor", "ui", "__main__"},
+    {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},
     {"demo"},  # which goes through all doors
 ]
 SHARED = {"parallel", "checkpoint"}  # what model/ and checkpoint may use beside them
