@@ -17,7 +17,7 @@ from cityrag_jax.commands.config_files import flatten, unused_meanings
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = str(ROOT / "configs" / "toy_city.py")
-DOORS = ("train", "generate", "evaluate")
+DOORS = ("train", "generate", "evaluate", "survey")
 TOOLS = ("benchmark_training", "build_city", "count_parameters")
 
 

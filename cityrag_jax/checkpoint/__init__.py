@@ -30,6 +30,7 @@ from cityrag_jax.checkpoint.bundles import (
     verify_bundle,
 )
 from cityrag_jax.checkpoint.descriptions import (
+    COMPUTING,
     Arrays,
     Description,
     abstract_model,
@@ -47,12 +48,14 @@ from cityrag_jax.checkpoint.descriptions import (
 from cityrag_jax.checkpoint.digests import Damaged
 from cityrag_jax.checkpoint.training import (
     TrainingCheckpoints,
+    identify_model,
     latest_model,
     load_frozen,
     save_frozen,
 )
 
 __all__ = [
+    "COMPUTING",
     "FORMAT",
     "Arrays",
     "Bundle",
@@ -66,6 +69,7 @@ __all__ = [
     "computing_in",
     "describe",
     "draw_parameters",
+    "identify_model",
     "latest_model",
     "load_bundle",
     "load_frozen",

@@ -10,6 +10,7 @@ Everything is written under another name and renamed, so what has its name is wh
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,12 @@ from cityrag_jax.checkpoint.descriptions import (
 )
 from cityrag_jax.checkpoint.digests import check_digests, crc32, first_line
 from cityrag_jax.checkpoint.files import read_json, renamed, write_json
-from cityrag_jax.checkpoint.items import find_damage, read_arrays, write_arrays
+from cityrag_jax.checkpoint.items import (
+    DIGESTS,
+    find_damage,
+    read_arrays,
+    write_arrays,
+)
 from cityrag_jax.parallel import is_writer
 
 FORMAT = 2
@@ -238,6 +244,15 @@ def verify_bundle(path: Path | str) -> None:
             f"{path} is damaged in {len(lines)} places; take another copy:\n  "
             + "\n  ".join(lines)
         )
+
+
+def identify_bundle(path: Path | str) -> str:
+    """Give a digest of all parameters and texts of a bundle, by their own digests."""
+    path = Path(path).absolute()
+    config = _read_config(path)
+    parts = [read_json(path / name / DIGESTS) for name in sorted(config["modules"])]
+    text = json.dumps([config["texts"], *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def abstract_parameters(model: nnx.Module, shardings: Mapping[str, Sharding]) -> Arrays:

@@ -9,6 +9,7 @@ verifies the digests.
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from cityrag_jax.checkpoint.bundles import (
     Bundle,
     Modules,
     abstract_parameters,
+    identify_bundle,
     is_bundle,
     load_bundle,
 )
@@ -43,8 +45,9 @@ from cityrag_jax.checkpoint.digests import (
     sum_arrays,
     unreadable,
 )
-from cityrag_jax.checkpoint.files import renamed
+from cityrag_jax.checkpoint.files import read_json, renamed
 from cityrag_jax.checkpoint.items import (
+    DIGESTS,
     abstract_layer,
     is_stacked,
     read_arrays,
@@ -82,6 +85,24 @@ def latest_model(
         f"list modules in format {FORMAT}. Give a training workdir or a folder made by "
         "tools/convert_wan.py."
     )
+
+
+def identify_model(path: Path | str) -> str:
+    """Give a digest of the weights that `latest_model` opens, none of them read.
+
+    It is made of the digests that are stored beside them.
+    """
+    path = Path(path).absolute()
+    for folder in (path, path / "model"):
+        if is_bundle(folder):
+            return identify_bundle(folder)
+    if not is_bundle(path / "base"):
+        latest_model(path)  # raises what there is to say
+    with TrainingCheckpoints(path / "checkpoints") as checkpoints:
+        digests = [identify_bundle(path / "base"), checkpoints.read_digests()]
+    if (path / FROZEN).exists():
+        digests.append(read_json(path / FROZEN / DIGESTS))
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def save_frozen(workdir: Path, frozen: Arrays, stacked: frozenset[str]) -> None:
@@ -194,6 +215,10 @@ class TrainingCheckpoints:
     def read_notes(self, step: int | None = None) -> dict[str, Any]:
         """Read the notes alone."""
         return self._read_record(self._newest() if step is None else step)["notes"]
+
+    def read_digests(self) -> dict[str, Any]:
+        """Read the digests of the newest checkpoint's arrays."""
+        return self._read_record(self._newest())["digests"]
 
     def load_model(
         self,
