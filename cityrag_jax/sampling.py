@@ -25,6 +25,10 @@ class Sampler:
     gives none. What `without` names, "pose" or "geo", is never computed: the quickest
     way to leave it out of one video, and another program. To compare ways to fill a
     clip, `drop` conditions instead: one program serves all.
+
+    `keep_keys` makes the keys and values of geo, text and image once a clip, for all
+    blocks: nothing else changes. At full size it saves 0.12 of 2.42 PFLOP a forward for
+    26.8 GB (81 frames of condition), split over the devices of a clip.
     """
 
     num_steps: int = 40
@@ -32,14 +36,14 @@ class Sampler:
     guidance: str = "joint"
     scales: tuple[float, ...] = (2.0,)
     without: tuple[str, ...] = ()
+    keep_keys: bool = False
 
     def __post_init__(self):
         _check_names(self.without)
 
     def passes(self) -> tuple[WeightedPass, ...]:
         """List the weighted passes; what is left out is off in all of them."""
-        seen = {name: name not in self.without for name in CONDITIONS}
-        return passes(self.guidance, self.scales, **seen)
+        return passes(self.guidance, self.scales, self.without)
 
     def __call__(
         self,
@@ -61,14 +65,25 @@ class Sampler:
                 "negative_text, the negative prompt's features; give them or choose "
                 "another mode."
             )
-        return denoise(model, conditions, noise, steps, weighted, negative_text)
+        weights, seen = zip(*weighted, strict=True)
+        return denoise(
+            model,
+            conditions,
+            noise,
+            steps,
+            np.asarray(weights, np.float32),
+            negative_text,
+            seen=seen,
+            keep_keys=self.keep_keys,
+        )
 
 
 def read_sampler(sample: ConfigDict, without: tuple[str, ...] = ()) -> Sampler:
     """Read a sampler off the sample section of a config."""
     scales = tuple(float(scale) for scale in sample.scales)
     shift = float(sample.shift)
-    return Sampler(sample.num_steps, shift, sample.guidance, scales, without)
+    kinds = dict(without=without, keep_keys=sample.keep_keys)
+    return Sampler(sample.num_steps, shift, sample.guidance, scales, **kinds)
 
 
 def drop(conditions: Conditions, *names: str) -> Conditions:
@@ -99,31 +114,42 @@ def _check_names(without: tuple[str, ...]) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames="weighted_passes")
+@functools.partial(jax.jit, static_argnames=("seen", "keep_keys"))
 def denoise(
     model: WanDiT,
     conditions: Conditions,
     noise: Float[Array, "B t h w z"],
     steps: unipc.Steps,
-    weighted_passes: tuple[WeightedPass, ...],
+    weights: Float[Array, " passes"],
     negative_text: Float[Array, "B S E"] | None = None,
+    *,
+    seen: tuple[Pass, ...],
+    keep_keys: bool = False,
 ) -> Float32[Array, "B t h w z"]:
-    """Run the whole solver; another schedule of as many steps compiles nothing new."""
-    prepared = {
-        seen: model.prepare(conditions, pose=seen.pose, geo=seen.geo)
-        for _, seen in weighted_passes
-    }
+    """Run the whole solver with the passes `seen`.
+
+    Other weights, or another schedule of as many steps, compile nothing new.
+    """
+    contexts, prepared = {}, {}
+    for each in seen:
+        text = negative_text if each.negative_text else conditions.text
+        contexts[each.negative_text] = model.prepare_context(
+            text, conditions.image, keep_keys=keep_keys
+        )
+        prepared[each.without] = model.prepare(
+            conditions, without=each.without, keep_keys=keep_keys
+        )
 
     def velocity(x: Array, timestep: Array, _, state):
-        timesteps = jnp.broadcast_to(timestep, x.shape[:1])
         latents = x
         if conditions.first_frame is not None:
             latents = jnp.concatenate([x, conditions.first_frame], axis=-1)
+        stream = model.start(latents, jnp.broadcast_to(timestep, x.shape[:1]))
 
-        def velocity_of(seen: Pass) -> Array:
-            text = negative_text if seen.negative_text else conditions.text
-            return model(latents, timesteps, text, conditions.image, prepared[seen])
+        def velocity_of(each: Pass) -> Array:
+            given = contexts[each.negative_text], prepared[each.without]
+            return model.finish(stream, model.run(stream, *given))
 
-        return guide(velocity_of, weighted_passes), state
+        return guide(map(velocity_of, seen), weights), state
 
     return unipc.solve_with(velocity, noise, steps)[0]

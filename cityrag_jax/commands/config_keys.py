@@ -109,6 +109,7 @@ MEANINGS = {
     "sample.rules.embed": "mesh axes that split parameters along the width",
     "sample.rules.heads": "... along the heads",
     "sample.rules.mlp": "... along the inner width of the MLPs",
+    "sample.keep_keys": "make the keys of all conditions once a clip: memory for time",
     "sample.spacing_m": "metres between two frames of a drawn path",
     "sample.radius_m": "how far the first retrieved capture may be, metres",
     "sample.fps": "frames a second of the written video",
