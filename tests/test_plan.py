@@ -22,6 +22,7 @@ from cityrag_jax.plan.compiled import _refusal
 from cityrag_jax.plan.memory import memory_by_formula, shard_bytes
 from cityrag_jax.plan.operations import count_operations
 from cityrag_jax.plan.roofline import Sent, roofline, sent_by_formula, sent_by_program
+from cityrag_jax.plan.search import changes, choose, search
 from cityrag_jax.training import speed
 from cityrag_jax.training.examples import clips_at_once
 from cityrag_jax.training.program import assumed_start, make_program
@@ -200,6 +201,29 @@ def test_what_is_sent_by_formula_gathers_all_weights_twice(planned):
     assert by_kind["all-to-all", ("sequence",)] > 0
 
 
+@pytest.mark.long
+def test_a_search_puts_what_fits_and_is_fast_first():
+    """Fewer bytes on the device cost time; what is chosen is one of the config's."""
+    config = training_city.get_config("cityrag_14b", "gpu8")
+    with config.unlocked():
+        config.model.transformer.num_layers = 1
+        config.train.batch_size = 8
+        config.train.micro_batches = 2
+    plans = search(config, read_topology("h100:8"))
+    order = [(not plan.fits, plan.roofline.sum) for plan in plans]
+    assert order == sorted(order)
+    assert {plan.mesh["sequence"] for plan in plans} == {1, 2, 4, 8}
+    assert {plan.config.train.micro_batches for plan in plans} == {1, 2, 4, 8}
+    best = choose(plans, compiled=False)
+    assert best is plans[0] and best.fits
+    as_it_is = [plan for plan in plans if not changes(plan, config)]
+    assert len(as_it_is) == 1
+    assert as_it_is[0].mesh == {"data": 1, "fsdp": 4, "sequence": 2}
+    assert as_it_is[0].roofline.host == 0
+    offloads = [p for p in plans if p.config.model.transformer.offload]
+    assert all(plan.roofline.host > 0 for plan in offloads)
+
+
 def plan(*arguments):
     """Run the tool as a user does; give its exit status and what it printed."""
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -214,8 +238,9 @@ def plan(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_the_tool_plans_cards_by_formula_and_says_what_does_not_fit():
-    """Two cards cannot hold the 14B's state."""
+    """Two cards cannot hold the 14B's state, whatever is done."""
     status, text = plan(
         "--config=configs/cityrag_14b.py",
         "--topology=h100:2",
@@ -223,6 +248,7 @@ def test_the_tool_plans_cards_by_formula_and_says_what_does_not_fit():
     )
     assert status == 1
     assert "does NOT fit, by formula" in text and "all-gather over fsdp" in text
+    assert "take more devices" in text
 
 
 # What each variant of configs/cityrag_14b.py is for.

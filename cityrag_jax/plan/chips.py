@@ -2,8 +2,9 @@
 
 A topology is written `v5p:4x4x4` (chips along each axis of a torus) or `h100:32` (cards
 in nodes of eight). TPUs: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; speed of
-a link: jax-ml/scaling-book, tpus.md. GPUs: NVIDIA's data sheets of the SXM cards; their
-network, one 400 Gb/s port a card (A100: 200), is *assumed*.
+a link and to the host: jax-ml/scaling-book, tpus.md (of a TPU7x's host *assumed*).
+GPUs: NVIDIA's data sheets of the SXM cards; their network, one 400 Gb/s port a card
+(A100: 200), is *assumed*.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ class Chip:
     `bandwidth` what of it passes in a second. `link` is one way in bytes a second: of
     one link of a TPU, of all NVLinks of a card. A torus of a TPU closes along axes that
     are multiples of `wrap`. `network` is what a card sends out of its node of `node`
-    cards.
+    cards, `host` what it exchanges with the host's memory, one way.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Chip:
     memory: float
     bandwidth: float
     link: float
+    host: float
     wrap: int = 0
     devices: int = 1
     node: int = 0
@@ -48,17 +50,23 @@ class Chip:
         return not self.node
 
 
+def _chip(name: str, kind: str, gib: float, *speeds: int, **more: int) -> Chip:
+    """Make a chip of GiB, and of GB/s: its memory, a link, the host, a network."""
+    wide = more.pop("network", 0) * GB
+    return Chip(name, kind, gib * GIB, *(x * GB for x in speeds), network=wide, **more)
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "TPU v5e", 16 * GB, 819 * GB, 45 * GB, wrap=16),
-        Chip("v5p", "TPU v5", 95 * GIB, 2765 * GB, 90 * GB, wrap=4),
-        Chip("v6e", "TPU v6", 32 * GB, 1638 * GB, 90 * GB, wrap=16),
+        _chip("v5e", "TPU v5e", 16 * GB / GIB, 819, 45, 16, wrap=16),
+        _chip("v5p", "TPU v5", 95.0, 2765, 90, 16, wrap=4),
+        _chip("v6e", "TPU v6", 32 * GB / GIB, 1638, 90, 32, wrap=16),
         # Two devices a chip, each with half of its memory, speed and links.
-        Chip("tpu7x", "TPU7x", 96 * GIB, 3690 * GB, 45 * GB, wrap=4, devices=2),
-        Chip("a100", "A100", 80 * GIB, 2039 * GB, 300 * GB, node=8, network=25 * GB),
-        Chip("h100", "H100", 79.6 * GIB, 3350 * GB, 450 * GB, node=8, network=50 * GB),
-        Chip("h200", "H200", 140.4 * GIB, 4800 * GB, 450 * GB, node=8, network=50 * GB),
+        _chip("tpu7x", "TPU7x", 96.0, 3690, 45, 16, wrap=4, devices=2),
+        _chip("a100", "A100", 80.0, 2039, 300, 25, node=8, network=25),
+        _chip("h100", "H100", 79.6, 3350, 450, 50, node=8, network=50),
+        _chip("h200", "H200", 140.4, 4800, 450, 50, node=8, network=50),
     )
 }
 
