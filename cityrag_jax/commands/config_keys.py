@@ -110,6 +110,8 @@ MEANINGS = {
     "sample.rules.heads": "... along the heads",
     "sample.rules.mlp": "... along the inner width of the MLPs",
     "sample.keep_keys": "make the keys of all conditions once a clip: memory for time",
+    "sample.preset": "final computes every step, standard and draft repeat some",
+    "sample.ratios": "of residuals, by tools/calibrate_cache.py; empty: Wan 2.1's",
     "sample.spacing_m": "metres between two frames of a drawn path",
     "sample.radius_m": "how far the first retrieved capture may be, metres",
     "sample.fps": "frames a second of the written video",
