@@ -1,6 +1,6 @@
 # make demo       a city, a path, a generated video, scores, two minutes of training
 # make test       every test but the slow ones; make test-long: those
-# make test-faults  random kills by the dozen
+# make test-faults  random kills by the dozen, flipped bits, malformed files
 # make help       this text
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ help:
 	touch $@
 
 demo: .venv/installed
-	$(RUN) tools/demo.py --out=$(DEMO)
+	$(RUN) -m cityrag_jax.demo --out=$(DEMO)
 
 test: .venv/installed-tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -40,7 +40,7 @@ test-long: .venv/installed-tests
 	$(RUN) -m pytest -n 2 --dist loadfile -m long
 
 test-faults: .venv/installed-tests
-	$(RUN) -m pytest -m faults
+	$(RUN) -m pytest -n 2 --dist loadfile -m faults
 
 clean:
 	rm -rf .venv out

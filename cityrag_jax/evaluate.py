@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip, Conditions
+from cityrag_jax.checkpoint import TRUST, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
@@ -191,9 +192,11 @@ def evaluate(
     """
     began = time.monotonic()
     table = Table(report.open_folder(out), config.eval.table_clips)
-    clips = read_clips(config, open_cities(cities))
-    mesh = open_mesh(dict(config.sample.mesh))
-    generator = open_generator(config, checkpoint, mesh=mesh)
+    sources = open_cities(cities)
+    kinds = dict(mesh=open_mesh(dict(config.sample.mesh)))
+    kinds["cities"] = [city for city, _ in sources]
+    generator = open_generator(config, checkpoint, **kinds)
+    clips = read_clips(config, sources)
     bar = tqdm.tqdm(clips, desc="scoring", unit="batch", dynamic_ncols=True)
     for number, batch in enumerate(bar):
         examples = {}
@@ -258,6 +261,7 @@ COMMAND.needs("--city", help="city folders, separated by commas")
 COMMAND.needs("--out", help="folder to write to")
 COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
 def main(given: argparse.Namespace) -> None:
@@ -265,6 +269,7 @@ def main(given: argparse.Namespace) -> None:
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
     initialise(given.distributed)
+    trust(given.trust)
     checkpoint = find_shipped(given.checkpoint)
     config = with_mesh(given.config, given.mesh)
     evaluate(config, checkpoint, given.city, given.out)

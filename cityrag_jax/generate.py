@@ -30,7 +30,7 @@ from jaxtyping import Float32, Float64, UInt8
 from ml_collections import ConfigDict
 
 from cityrag_jax import report
-from cityrag_jax.checkpoint import identify_model
+from cityrag_jax.checkpoint import TRUST, identify_model, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
@@ -121,6 +121,7 @@ class Request:
         """Open the model on the config's mesh."""
         mesh = open_mesh(dict(self.config.sample.mesh))
         kinds = dict(mesh=mesh, without=self.without, text=self.text)
+        kinds["cities"] = [self.city]
         return open_generator(self.config, self.checkpoint, **kinds)
 
     def identity(self) -> dict[str, Any]:
@@ -232,6 +233,7 @@ COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo"
 COMMAND.takes("--text", help="another prompt's rows, by tools/encode_prompt.py")
 COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
 def main(given: argparse.Namespace) -> int:
@@ -240,6 +242,7 @@ def main(given: argparse.Namespace) -> int:
     keep_compilations()
     parking = Parking()
     initialise(given.distributed)
+    trust(given.trust)
     report.open_folder(given.out)
     request = read_request(given)
     named = ("image", "path", "checkpoint", "text", "seed")

@@ -7,7 +7,7 @@ on any mesh, pictures nearly: sums in another order differ by rounding.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import COMPUTING, Bundle, computing_in, latest_model
+from cityrag_jax.data.store import City
 from cityrag_jax.encode import encode_conditions, encode_videos, to_pixels
 from cityrag_jax.model.vae import WanVAE
 from cityrag_jax.parallel import (
@@ -33,6 +34,7 @@ from cityrag_jax.parallel import (
     spread_rows,
 )
 from cityrag_jax.sampling import Sampler, draw_noise, read_sampler
+from cityrag_jax.training.origin import check_cities, check_model
 
 MESH = (
     "devices to generate on, such as sequence:4 (tokens over 4 devices) or "
@@ -182,18 +184,22 @@ def open_generator(
     mesh: Mesh | None = None,
     without: tuple[str, ...] = (),
     text: Float32[np.ndarray, "S E"] | None = None,
+    cities: Iterable[City] = (),
 ) -> Generator:
     """Open the newest model of a folder with the sampler of a config.
 
     Parameters lie on the mesh as `sample.rules` say, linears in the type that they
     compute in. `text` holds the rows of a prompt in the place of the checkpoint's.
-    Nothing is read before it is needed.
+    Nothing is read before it is needed. Raises ValueError if model, config and `cities`
+    do not belong together.
     """
     sampler = read_sampler(config.sample, without)
     rules = {name: tuple(axes) for name, axes in config.sample.rules.items()}
     dtype = loading_dtype() or COMPUTING
     with layout(mesh, rules):
         bundle = latest_model(checkpoint, dtype=dtype, mesh=mesh)
+    check_model(config, bundle)
+    check_cities(bundle, cities)
     bundle = computing_in(bundle, "vae", config.model.vae_dtype)
     if text is not None:
         bundle = with_text(bundle, text)

@@ -24,6 +24,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cityrag_jax.checkpoint.bundles import (
+    DIGEST,
     FORMAT,
     Bundle,
     Modules,
@@ -42,6 +43,7 @@ from cityrag_jax.checkpoint.descriptions import (
 from cityrag_jax.checkpoint.digests import (
     check_digests,
     compare_names,
+    digest_json,
     sum_arrays,
     unreadable,
 )
@@ -63,13 +65,14 @@ def latest_model(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
 ) -> Bundle:
     """Open the newest model of a bundle or a workdir; modules are read when asked for.
 
     Of a workdir, `model/` if training has ended, else the newest whole checkpoint, its
     averaged (EMA) parameters if there are any. `dtype` is the type of parameters and
-    arithmetic, None the config's; without a mesh all lies on the first device.
+    arithmetic, None the config's; without a mesh all lies on the first device. Digests
+    are checked as `load_bundle` says.
     """
     path = Path(path).absolute()
     kinds = dict(dtype=dtype, mesh=mesh)
@@ -169,7 +172,8 @@ class TrainingCheckpoints:
         items, digests = {}, {}
         for group, tree in groups.items():
             items[group], digests[group] = _to_host(_flatten(tree), stacked)
-        text = json.dumps({"format": FORMAT, "digests": digests, "notes": dict(notes)})
+        record = {"format": FORMAT, "digests": digests, "notes": dict(notes)}
+        text = json.dumps(record | {DIGEST: digest_json(record)})
         nonempty = {group: arrays for group, arrays in items.items() if arrays}
         self._pending = self._checkpointer.save_checkpointables_async(
             step, nonempty | {"notes": {"json": text}}
@@ -278,13 +282,20 @@ class TrainingCheckpoints:
         path = self.folder / str(step)
         try:
             loaded = ocp.load_checkpointables(path, {"notes": None})
-            return json.loads(loaded["notes"]["json"])
-        except (ValueError, OSError, KeyError) as error:
+            record = json.loads(loaded["notes"]["json"])
+        except Exception as error:  # Orbax and tensorstore raise many kinds
             raise unreadable(path / "notes", error) from error
+        digest = record.pop(DIGEST, None)
+        if digest != digest_json(record):
+            raise unreadable(path / "notes", ValueError("its checksum does not fit"))
+        return record
 
 
 def _read_group(path, group, flat, stacked):
-    stored = ocp.checkpointables_metadata(path).metadata
+    try:
+        stored = ocp.checkpointables_metadata(path).metadata
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise unreadable(path, error) from error
     if group not in stored:
         raise ValueError(
             f"{path} has no group {group!r}, only {sorted(stored)}; it was written by "
@@ -300,7 +311,7 @@ def _read_group(path, group, flat, stacked):
     }
     try:
         return ocp.load_checkpointables(path, {group: abstract})[group]
-    except (ValueError, OSError) as error:
+    except Exception as error:
         raise unreadable(path / group, error) from error
 
 

@@ -1,6 +1,6 @@
-"""The whole road once, on a laptop with nothing downloaded:
+"""Go the whole road once, on a laptop with nothing downloaded:
 
-    python tools/demo.py --out=out/demo
+    python -m cityrag_jax.demo --out=out/demo
 
 Builds a toy city on disk, takes a photo on a street at a time when nobody drove there,
 draws a path around a corner, retrieves panoramas along it, generates the video with the
@@ -10,7 +10,6 @@ shipped weights, scores it, and trains on for two minutes to show the trainer. W
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import shutil
 import time
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict
 from cityrag_jax import report
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import identify_model
+from cityrag_jax.commands import Command, find_shipped, load_config
 from cityrag_jax.data import toy_city
 from cityrag_jax.data.build import build_toy_city
 from cityrag_jax.data.pairs import load_pairs
@@ -43,8 +43,8 @@ from cityrag_jax.sampling import drop
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "configs" / "toy_city_weights"
+CONFIG = "configs/toy_city.py:demo"
+WEIGHTS = "configs/toy_city_weights"
 PATH_M = 24.0
 PHOTO_SCALE = 4
 MADE = "made"  # folder of the generated video
@@ -58,14 +58,6 @@ PLAN = dict(
     route_streets=2,
     step_m=(0.35, 0.5),
 )
-
-
-def read_config(path: Path, variant: str):
-    """Load a config file's variant."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant).unlock()
 
 
 def draw_path(config: toy_city.CityConfig, held_out: int, file: Path) -> None:
@@ -170,36 +162,31 @@ def show(out: Path, take: Take, config: ConfigDict, weights: str) -> None:
     report.animate(out / "animation.webp", take.rows(), len(take.truth), fps=fps)
 
 
-def read_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument(
-        "--train-seconds", type=float, default=120.0, help="0: do not train on"
-    )
-    parser.add_argument(
-        "--photo-seeds",
-        "--photo-seed",
-        type=lambda text: [int(seed) for seed in text.split(",")],
-        default=[CLEAR_DAY],
-        metavar="SEED[,SEED...]",
-        help="days on which the photo is taken; a table scores all of them, pictures "
-        f"show the first. {CLEAR_DAY} (default) is a clear day, any other seed draws "
-        "its weather among the others",
-    )
-    return parser.parse_args()
+def read_seeds(text: str) -> list[int]:
+    """Read numbers separated by commas."""
+    return [int(seed) for seed in text.split(",")]
 
 
-def main() -> None:
+COMMAND = Command(__doc__)
+COMMAND.takes("--out", type=Path, default=Path("out/demo"), help="folder to write to")
+COMMAND.takes("--weights", default=WEIGHTS, help="model folder or workdir")
+COMMAND.takes("--train-seconds", type=float, default=120.0, help="0: do not train on")
+COMMAND.takes(
+    "--photo-seeds",
+    type=read_seeds,
+    default=[CLEAR_DAY],
+    metavar="SEED[,SEED...]",
+    help="days on which the photo is taken; a table scores all of them, pictures "
+    f"show the first. {CLEAR_DAY} is a clear day, any other draws its weather",
+)
+
+
+def main(given: argparse.Namespace) -> None:
     """Run every step, saying what it does and how long it took."""
-    given = read_arguments()
     out, seeds, began = report.open_folder(given.out), given.photo_seeds, time.time()
     logging.set_verbosity(logging.ERROR)
     keep_compilations()
-    config = read_config(ROOT / "configs" / "toy_city.py", "demo")
+    config, weights = load_config(CONFIG).unlock(), find_shipped(given.weights)
 
     def say(text: str) -> None:
         print(f"\n[{time.time() - began:4.0f} s] {text}", flush=True)
@@ -215,13 +202,13 @@ def main() -> None:
     say("A path around a corner, and a photo taken where it starts, another day")
     draw_path(plan, held_out, out / "path.geojson")
     poses = read_path(out / "path.geojson", city, float(config.sample.spacing_m))
-    generator = open_generator(config, given.weights)
+    generator = open_generator(config, weights, cities=[city])
     rows = {}
     for seed in seeds:
         say(f"Photo {seed}: {len(poses)} frames with retrieved panoramas, and without")
         take = take_photo(plan, generator, city, poses, config, seed)
         if seed == seeds[0]:
-            show(out, take, config, identify_model(given.weights))
+            show(out, take, config, identify_model(weights))
         prefix = f"photo {seed}, " if len(seeds) > 1 else ""
         rows |= {prefix + way: row for way, row in take.scores().items()}
         table = report.table(rows, "PSNR in dB", DECIMALS)
@@ -231,7 +218,7 @@ def main() -> None:
     if given.train_seconds > 0:
         say(f"Train on for {given.train_seconds:.0f} s: losses and a progress bar")
         config.data.city = str(folder)
-        config.train.init_from = str(given.weights)
+        config.train.init_from = str(weights)
         config.train.max_seconds = given.train_seconds
         train(config.lock(), out / f"training-{int(time.time())}")
 
@@ -245,14 +232,11 @@ def main() -> None:
 
 NEXT = """
 Next:
-  your own path    .venv/bin/python -m cityrag_jax.generate --help
-  held-out clips   .venv/bin/python -m cityrag_jax.evaluate --help
-  training         .venv/bin/python -m cityrag_jax.train --help
-  everything       README.md; make test proves it on this machine"""
+  your own path    python -m cityrag_jax.generate --help
+  held-out clips   python -m cityrag_jax.evaluate --help
+  training         python -m cityrag_jax.train --help
+  all commands     python -m cityrag_jax"""
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    COMMAND.run(main)
