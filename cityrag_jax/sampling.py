@@ -200,7 +200,7 @@ def denoise(
 
     residuals = None
     if compute is not None:
-        x = jax.eval_shape(start, noise, steps.timestep[0]).x
+        x = jax.eval_shape(lambda x, t: start(x, t).x, noise, steps.timestep[0])
         empty = shard(jnp.zeros(x.shape, x.dtype), "batch", "tokens", None)
         residuals = (empty,) * len(seen)
     return unipc.solve_with(velocity, noise, steps, compute, residuals)[0]
