@@ -204,7 +204,8 @@ class Recording:
             behind = self.job.spans[number].end - self.job.spans[number].first
             views = pick_frames(self._clip(number) / CONDITIONS, STRIP, behind)
             rows = {"retrieved": views, "generated": frames}
-            name = f"Clip {number}, frames {first} to {last}: drive {clip['drive']}, "
+            drives = ", ".join(map(str, clip["drives"])) or "none"
+            name = f"Clip {number}, frames {first} to {last}: drives {drives}, "
             name += f"{clip['mean_distance_m']} m off the path, {clip['seconds']} s"
             sections[name] = report.side_by_side(rows, count=STRIP)
         owners = [f"{x['attribution']} ({x['licence']})" for x in sidecar["sources"]]
