@@ -33,12 +33,17 @@ def parse_geojson(text: str, file_name: str = "GeoJSON") -> Float64[np.ndarray, 
     """Read the one LineString of a GeoJSON geometry, feature or collection."""
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file_name} is not JSON: {error}.") from error
     lines = list(_line_strings(document))
     if len(lines) != 1:
         raise ValueError(
             f"{file_name} holds {len(lines)} LineStrings; a path needs exactly one."
+        )
+    if not isinstance(lines[0], list):
+        raise ValueError(
+            f"{file_name}: the LineString's coordinates are {lines[0]!r}; write a list "
+            "of [longitude, latitude]."
         )
     rows = []
     for number, point in enumerate(lines[0], 1):
@@ -56,10 +61,10 @@ def _line_strings(node):
         return
     if node.get("type") == "LineString":
         yield node.get("coordinates", [])
-    for child in (node.get("geometry"), *(node.get("features") or ())):
-        yield from _line_strings(child)
-    for child in node.get("geometries") or ():
-        yield from _line_strings(child)
+    for name in ("geometry", "features", "geometries"):
+        children = node.get(name)
+        for child in children if isinstance(children, list) else [children]:
+            yield from _line_strings(child)
 
 
 def parse_csv(text: str, file_name: str = "CSV") -> Float64[np.ndarray, "M 3"]:
@@ -95,7 +100,7 @@ def _checked(rows: list, file_name: str) -> Float64[np.ndarray, "M 3"]:
     for k, row in enumerate(rows):
         try:
             path[k, : len(row)] = [float(value) for value in row]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{file_name}: point {k + 1} is {row!r}, which is not all numbers."
             ) from error
