@@ -8,7 +8,7 @@ from jaxtyping import Float64
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_geodetic
 from cityrag_jax.geo.matching import fill_heights
-from cityrag_jax.geo.path_files import parse_path
+from cityrag_jax.geo.path_files import SUFFIXES, parse_path
 from cityrag_jax.geo.trajectory import poses_on_earth
 
 LONGEST_M = 100_000.0
@@ -20,15 +20,7 @@ def read_path(
 ) -> Float64[np.ndarray, "N 4 4"]:
     """Read a path file as camera poses on Earth, one every `spacing_m`."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a GeoJSON or CSV path.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # as Excel writes it, too
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); save "
-            "it so, as GeoJSON or CSV."
-        ) from error
+    text = read_words(path)
     try:
         places = fill_heights(city.index, parse_path(text, path.name))
         _check_length(places, spacing_m)
@@ -49,3 +41,17 @@ def _check_length(places: Float64[np.ndarray, "M 3"], spacing_m: float) -> None:
             f"{min(LONGEST_M, MOST_POSES * spacing_m) / 1000:,.0f} km are taken; look "
             "for a point that lies elsewhere, or cut the path."
         )
+
+
+def read_words(path: Path) -> str:
+    """Read a text file in UTF-8 or, as Excel may write it, UTF-16 with its mark."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; give a path as .{', .'.join(SUFFIXES)}."
+        )
+    content = path.read_bytes()
+    code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return content.decode(code)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text ({error}); save it as UTF-8.") from error
