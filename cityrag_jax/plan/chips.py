@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from cityrag_jax.chips import PEAKS
+
 GB, GIB, TERA = 1e9, 2.0**30, 1e12
 
 
@@ -43,21 +45,21 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 16 * GB, 197 * TERA, 819 * GB, 45 * GB, wrap=16),
-        Chip("v5p", 95 * GIB, 459 * TERA, 2765 * GB, 90 * GB, wrap=4),
-        Chip("v6e", 32 * GB, 918 * TERA, 1638 * GB, 90 * GB, wrap=16),
+        Chip("v5e", 16 * GB, PEAKS["TPU v5 lite"], 819 * GB, 45 * GB, wrap=16),
+        Chip("v5p", 95 * GIB, PEAKS["TPU v5"], 2765 * GB, 90 * GB, wrap=4),
+        Chip("v6e", 32 * GB, PEAKS["TPU v6"], 1638 * GB, 90 * GB, wrap=16),
         # Two devices a chip, each with half of its memory, speed and links.
-        Chip("tpu7x", 96 * GIB, 1153.5 * TERA, 3690 * GB, 45 * GB, wrap=4, devices=2),
+        Chip("tpu7x", 96 * GIB, PEAKS["TPU7x"], 3690 * GB, 45 * GB, wrap=4, devices=2),
         Chip(
-            *("a100", 80 * GIB, 312 * TERA, 2039 * GB, 300 * GB),
+            *("a100", 80 * GIB, PEAKS["A100"], 2039 * GB, 300 * GB),
             **dict(node=8, network=25 * GB),
         ),
         Chip(
-            *("h100", 79.6 * GIB, 989 * TERA, 3350 * GB, 450 * GB),
+            *("h100", 79.6 * GIB, PEAKS["H100"], 3350 * GB, 450 * GB),
             **dict(node=8, network=50 * GB),
         ),
         Chip(
-            *("h200", 140.4 * GIB, 989 * TERA, 4800 * GB, 450 * GB),
+            *("h200", 140.4 * GIB, PEAKS["H200"], 4800 * GB, 450 * GB),
             **dict(node=8, network=50 * GB),
         ),
     )
