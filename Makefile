@@ -1,5 +1,6 @@
 # make demo       a city, a path, a generated video, scores, two minutes of training
 # make test       every test but the slow ones; make test-long: those
+# make test-faults  random kills by the dozen, flipped bits, malformed files
 # make help       this text
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH := torch==2.13.0
 LIBTPU := import importlib.metadata as m; \
   print(next(r.split(';')[0] for r in m.requires('jax') if r.startswith('libtpu')))
 
-.PHONY: help demo test test-long clean
+.PHONY: help demo test test-long test-faults clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,13 +31,16 @@ help:
 	touch $@
 
 demo: .venv/installed
-	$(RUN) tools/demo.py --out=$(DEMO)
+	$(RUN) -m cityrag_jax.demo --out=$(DEMO)
 
 test: .venv/installed-tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/installed-tests
 	$(RUN) -m pytest -n 2 --dist loadfile -m long
+
+test-faults: .venv/installed-tests
+	$(RUN) -m pytest -n 2 --dist loadfile -m faults
 
 clean:
 	rm -rf .venv out

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-DOORS = ("demo", "doctor", "train", "generate", "evaluate", "ui")
+DOORS = ("demo", "doctor", "survey", "train", "generate", "evaluate", "ui")
 
 
 def first_line(file: Path) -> str:

@@ -33,7 +33,6 @@ from cityrag_jax.training.tasks import describe_model
 
 GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-PACKAGES += ("cityrag-jax",)
 CONFIGS = ("toy_city", "cityrag_1_3b", "cityrag_14b")
 PRODUCT = 2048
 # Bytes of a parameter. Muon's are: master weight, momentum, gradient, all float32; Adam
@@ -89,6 +88,7 @@ def describe_versions() -> Iterator[str]:
     """Name Python, the system, and the packages that all stands on."""
     yield f"Python {platform.python_version()}, {platform.platform()}"
     yield ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    yield f"cityrag_jax in {Path(__file__).parent}"
 
 
 def describe_devices() -> Iterator[str]:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
@@ -27,11 +26,11 @@ from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip, Conditions
-from cityrag_jax.checkpoint import computing_in, latest_model
+from cityrag_jax.checkpoint import TRUST, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.data.video import write_image
-from cityrag_jax.encode import encode_videos
+from cityrag_jax.generator import MESH, Generator, open_generator, open_mesh, with_mesh
 from cityrag_jax.metrics.image import (
     clip_psnr,
     compare_gradients,
@@ -44,10 +43,8 @@ from cityrag_jax.parallel import (
     initialise,
     is_writer,
     keep_compilations,
-    loading_dtype,
 )
-from cityrag_jax.rollout import Generator, decode
-from cityrag_jax.sampling import drop, read_sampler
+from cityrag_jax.sampling import drop
 from cityrag_jax.training.examples import clip_config, open_cities
 
 Videos = UInt8[np.ndarray, "B T H W 3"]
@@ -85,7 +82,7 @@ def make_videos(
         FULL: model(own),
         POSE_ALONE: model(drop(own, "geo")),
         RECOLOURED: lambda: recolour(clips),
-        CEILING: lambda: reconstruct(generator, clips),
+        CEILING: lambda: generator.reconstruct(clips.frames),
         GEO_ALONE: model(drop(own, "pose")),
         NEITHER: model(drop(own, "pose", "geo")),
         ELSEWHERE: model(swap_places(own)),
@@ -120,12 +117,6 @@ def recolour(clips: Clip) -> Videos:
             for condition, frames in zip(fit_length(clips), clips.frames, strict=True)
         ]
     )
-
-
-def reconstruct(generator: Generator, clips: Clip) -> Videos:
-    """Encode and decode the truth: what no model behind this autoencoder can pass."""
-    vae = generator.bundle.modules["vae"]
-    return np.asarray(decode(vae, jax.jit(encode_videos)(vae, clips.frames)[0]))
 
 
 def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
@@ -197,13 +188,15 @@ def evaluate(
     """Score `eval.table_clips` held-out clips, write on the way, give the means.
 
     The table is written after every row of the first batch, then after every batch.
+    Networks run on the mesh `sample.mesh`.
     """
     began = time.monotonic()
     table = Table(report.open_folder(out), config.eval.table_clips)
-    clips = read_clips(config, open_cities(cities))
-    bundle = latest_model(checkpoint, dtype=loading_dtype())
-    bundle = computing_in(bundle, "vae", config.model.vae_dtype)
-    generator = Generator(bundle, read_sampler(config.sample))
+    sources = open_cities(cities)
+    kinds = dict(mesh=open_mesh(dict(config.sample.mesh)))
+    kinds["cities"] = [city for city, _ in sources]
+    generator = open_generator(config, checkpoint, **kinds)
+    clips = read_clips(config, sources)
     bar = tqdm.tqdm(clips, desc="scoring", unit="batch", dynamic_ncols=True)
     for number, batch in enumerate(bar):
         examples = {}
@@ -266,7 +259,9 @@ COMMAND.needs_config()
 COMMAND.needs("--checkpoint", help="model folder or training workdir")
 COMMAND.needs("--city", help="city folders, separated by commas")
 COMMAND.needs("--out", help="folder to write to")
+COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
 def main(given: argparse.Namespace) -> None:
@@ -274,8 +269,10 @@ def main(given: argparse.Namespace) -> None:
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
     initialise(given.distributed)
+    trust(given.trust)
     checkpoint = find_shipped(given.checkpoint)
-    evaluate(given.config, checkpoint, given.city, given.out)
+    config = with_mesh(given.config, given.mesh)
+    evaluate(config, checkpoint, given.city, given.out)
     if not is_writer():
         return
     print(Path(given.out, "table.md").read_text(), end="")

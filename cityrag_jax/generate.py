@@ -3,44 +3,54 @@
     python -m cityrag_jax.generate --config=configs/toy_city.py --checkpoint=DIR \\
         --city=DIR --image=photo.jpg --path=path.geojson --out=DIR
         [--config.sample.key=value ...] [--seed=0] [--without=geo] [--text=text.npy]
+        [--mesh=sequence:4]
 
 The photo stands at the path's first place and looks along it. The path is a GeoJSON
-LineString or a CSV of latitude, longitude and, if known, height of the camera. OUT will
-hold video.mp4, conditions.mp4 (the retrieved views), overview.png, map.png and
-generate.json with what was used, licences and attributions of the panoramas among it.
+LineString or a CSV of latitude, longitude and, if known, height of the camera. The
+video is made in clips, and video.mp4 in OUT grows with each. Killed at any moment, the
+same command goes on behind the last whole clip; SIGTERM parks there (exit code 143). In
+the end OUT holds video.mp4, conditions.mp4 (the retrieved views), poses.tum (those
+asked for), overview.png, map.png and generate.json with all that was used, licences and
+attributions of the panoramas among it.
 """
 
 import argparse
 import dataclasses
 import json
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
 import numpy as np
-import tqdm
 from absl import logging
 from jaxtyping import Float32, Float64, UInt8
 from ml_collections import ConfigDict
 
 from cityrag_jax import report
-from cityrag_jax.checkpoint import Bundle, computing_in, latest_model
+from cityrag_jax.checkpoint import TRUST, identify_model, trust
 from cityrag_jax.commands import Command, find_shipped
-from cityrag_jax.data.clips import ClipConfig
+from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
-from cityrag_jax.data.video import read_image, write_image, write_video
-from cityrag_jax.geo.ecef import ecef_from_enu
-from cityrag_jax.geo.path_files import parse_path
-from cityrag_jax.geo.retrieval import fill_heights
-from cityrag_jax.geo.trajectory import poses_on_earth
+from cityrag_jax.data.video import read_image
+from cityrag_jax.generator import (
+    MESH,
+    Generator,
+    open_generator,
+    open_mesh,
+    with_mesh,
+)
 from cityrag_jax.parallel import (
     DISTRIBUTED,
+    any_process,
     initialise,
     is_writer,
     keep_compilations,
-    loading_dtype,
 )
-from cityrag_jax.rollout import Generator, Rollout, retrieve, rollout
+from cityrag_jax.recording import VIDEO, Recording, digest
+from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
 
@@ -62,17 +72,6 @@ def fit_photo(
     return cv2.resize(middle, (width, height), interpolation=kind)
 
 
-def read_path(
-    path: Path | str, city: City, spacing_m: float
-) -> Float64[np.ndarray, "N 4 4"]:
-    """Read a path file as camera poses on Earth, one every `spacing_m`."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a GeoJSON or CSV path.")
-    places = fill_heights(city.index, parse_path(path.read_text(), path.name))
-    return poses_on_earth(places, spacing_m)
-
-
 def read_text(path: Path | str) -> Float32[np.ndarray, "S E"]:
     """Read the rows of a prompt, as tools/encode_prompt.py writes them."""
     try:
@@ -88,119 +87,135 @@ def read_text(path: Path | str) -> Float32[np.ndarray, "S E"]:
     return rows
 
 
-def with_text(bundle: Bundle, text: Float32[np.ndarray, "S E"]) -> Bundle:
-    """Give a bundle whose fixed prompt is another; ValueError if that does not fit."""
-    if "transformer" not in bundle.descriptions:
-        raise ValueError(f"{bundle.origin} has no transformer to prompt.")
-    told = bundle.descriptions["transformer"]["config"]
-    most, width = told["text_len"], told["text_dim"]
-    if len(text) > most or text.shape[1] != width:
-        raise ValueError(
-            f"The text has {text.shape[0]} rows of {text.shape[1]}, {bundle.origin} "
-            f"takes at most {most} of {width}; encode it by that model's text encoder."
-        )
-    return dataclasses.replace(bundle, text=text)
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A video that is wanted: of what photo, along which poses, by what model.
 
-
-def generate(
-    config: ConfigDict,
-    checkpoint: Path | str,
-    city: City,
-    photo: UInt8[np.ndarray, "h w 3"],
-    ecef_from_camera: Float64[np.ndarray, "N 4 4"],
-    *,
-    seed: int = 0,
-    without: tuple[str, ...] = (),
-    text: Float32[np.ndarray, "S E"] | None = None,
-) -> Rollout:
-    """Generate a frame for every pose; `without` leaves out "pose" or "geo".
-
-    `text` holds the rows of a prompt in the place of the checkpoint's.
+    `without` leaves out "pose" or "geo"; `text` holds the rows of a prompt in the place
+    of the checkpoint's.
     """
-    sampler = read_sampler(config.sample, without)
-    clips = clip_config(config.data)
-    limits = dict(radius_m=float(config.sample.radius_m))
-    retrieve(city, ecef_from_camera, clips, **limits)  # before a model is read
-    bundle = latest_model(checkpoint, dtype=loading_dtype())
-    bundle = computing_in(bundle, "vae", config.model.vae_dtype)
-    if text is not None:
-        bundle = with_text(bundle, text)
-    return rollout(
-        Generator(bundle, sampler),
-        city,
-        fit_photo(photo, clips.height, clips.width),
-        ecef_from_camera,
-        clips,
-        seed=seed,
-        limits=limits,
-        progress=lambda parts: tqdm.tqdm(parts, desc="generating", unit="clip"),
-    )
 
+    config: ConfigDict
+    checkpoint: Path | str
+    city: City
+    photo: UInt8[np.ndarray, "h w 3"]
+    ecef_from_camera: Float64[np.ndarray, "N 4 4"]
+    seed: int = 0
+    without: tuple[str, ...] = ()
+    text: Float32[np.ndarray, "S E"] | None = None
 
-def write_rollout(
-    out: Path | str,
-    made: Rollout,
-    city: City,
-    clips: ClipConfig,
-    ecef_from_camera: Float64[np.ndarray, "N 4 4"],
-    facts: dict,
-) -> Path:
-    """Write video, conditions, pictures and the sidecar, which comes last."""
-    out = report.open_folder(out)
-    fps = float(facts["fps"])
-    write_video(out / "video.mp4", made.frames, fps)
-    write_video(out / "conditions.mp4", np.concatenate(made.conditions), fps)
-    rows = {"retrieved": np.concatenate(made.conditions), "generated": made.frames}
-    write_image(out / "overview.png", report.side_by_side(rows))
-    _write_map(out / "map.png", made, city, ecef_from_camera)
-    captures = np.concatenate([r.captures for r in made.retrievals])
-    sidecar = facts | {
-        "city": city.name,
-        "frames": len(made.frames),
-        "size": [clips.height, clips.width],
-        "drives": [r.drive for r in made.retrievals],
-        "mean_distance_m": [round(r.mean_distance_m, 3) for r in made.retrievals],
-        "captures": captures.tolist(),
-        "sources": sources(city, captures),
-    }
-    report.write_text(out / "generate.json", json.dumps(sidecar, indent=1) + "\n")
-    return out / "video.mp4"
-
-
-def sources(city: City, captures: np.ndarray) -> list[dict]:
-    """List licence, attribution and anonymisation of captures, each kind once."""
-    columns, header = city.captures, city.header
-    kinds = {
-        (
-            header.licences[int(columns.licence[c])],
-            header.attributions[int(columns.attribution[c])],
-            bool(columns.anonymised[c]),
+    def plan(self) -> Job:
+        """Find what every clip will be conditioned on; no model is read."""
+        read_sampler(self.config.sample, self.without)
+        clips = clip_config(self.config.data)
+        return plan_job(
+            self.city,
+            fit_photo(self.photo, clips.height, clips.width),
+            self.ecef_from_camera,
+            clips,
+            seed=self.seed,
+            radius_m=float(self.config.sample.radius_m),
         )
-        for c in captures
-    }
-    names = ("licence", "attribution", "anonymised")
-    return [dict(zip(names, kind, strict=True)) for kind in sorted(kinds)]
+
+    def open(self) -> Generator:
+        """Open the model on the config's mesh."""
+        mesh = open_mesh(dict(self.config.sample.mesh))
+        kinds = dict(mesh=mesh, without=self.without, text=self.text)
+        kinds["cities"] = [self.city]
+        return open_generator(self.config, self.checkpoint, **kinds)
+
+    def identity(self) -> dict[str, Any]:
+        """Say what decides about the video's pixels besides the job."""
+        solver = ("num_steps", "shift", "guidance", "scales")
+        return {
+            "weights": identify_model(self.checkpoint),
+            "sample": {name: self.config.sample[name] for name in solver},
+            "vae_dtype": self.config.model.vae_dtype,
+            "without": list(self.without),
+            "text": None if self.text is None else digest(self.text),
+        }
 
 
-def _write_map(path, made, city, ecef_from_camera):
-    positions = city.captures.ecef_from_camera[:, :3, 3]
-    origin = ecef_from_camera[0, :3, 3]
-    header = city.header
-    axes = ecef_from_enu(*header.anchor)[:3, :3]
+def generate(request: Request) -> Iterator[MadeClip]:
+    """Generate a frame for every pose, clip by clip as they are asked for.
 
-    def east_north(places: np.ndarray) -> np.ndarray:
-        return ((places - origin) @ axes)[:, :2]
+    Raises ValueError at once for whatever cannot be generated.
+    """
+    job = request.plan()
+    return rollout(request.open(), job)
 
-    edges = city.index.drive_edges
-    drives = [
-        east_north(positions[a:b]) for a, b in zip(edges, edges[1:], strict=False)
-    ]
-    captures = np.concatenate([r.captures for r in made.retrievals])
-    report.draw_map(
-        path,
-        drives,
-        east_north(ecef_from_camera[:, :3, 3]),
-        east_north(positions[captures]),
+
+def generate_into(
+    out: Path | str,
+    request: Request,
+    *,
+    on_clip: Callable[[Job, MadeClip], None] = lambda job, made: None,
+    stopped: Callable[[], bool] = lambda: False,
+    facts: dict[str, Any] | None = None,
+) -> bool:
+    """Generate into a folder, going on behind the last clip that is whole there.
+
+    `on_clip` gets every new clip once it is on the disk. When `stopped` says so after a
+    clip, the rest is left to another call with the same request. Says whether the video
+    is whole. `facts` join those of generate.json.
+    """
+    job, fps = request.plan(), float(request.config.sample.fps)
+    with Recording(out, job, request.identity(), fps=fps) as recording:
+        if recording.count < len(job.spans):
+            if any_process(np.array([stopped()]))[0]:
+                return False
+            start, last_frame = recording.count, recording.last_frame()
+            clips = rollout(request.open(), job, start=start, last_frame=last_frame)
+            for made in clips:
+                recording.add(made)
+                on_clip(job, made)
+                if any_process(np.array([stopped()]))[0] and recording.count < len(
+                    job.spans
+                ):
+                    return False
+        recording.finish(facts or {})
+    return True
+
+
+def say_clip(job: Job, made: MadeClip) -> None:
+    """Print a line about a clip."""
+    if is_writer():
+        last, total = made.span.end - 1, len(job.ecef_from_camera)
+        print(
+            f"clip {made.number + 1} of {len(job.spans)}, frame {last + 1} of {total}: "
+            f"{made.seconds:.1f} s",
+            flush=True,
+        )
+
+
+class Parking:
+    """Hears SIGTERM: the video is to be left at its next clip. A second one ends it."""
+
+    def __init__(self):
+        self._asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, _) -> None:
+        self._asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
+def read_request(given: argparse.Namespace) -> Request:
+    """Read what the command line names."""
+    config = with_mesh(given.config, given.mesh)
+    city = City(given.city)
+    return Request(
+        config,
+        find_shipped(given.checkpoint),
+        city,
+        read_image(given.image),
+        read_path(given.path, city, float(config.sample.spacing_m)),
+        seed=given.seed,
+        without=tuple(name for name in given.without.split(",") if name),
+        text=None if given.text is None else read_text(given.text),
     )
 
 
@@ -216,46 +231,31 @@ COMMAND.takes(
 )
 COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo")
 COMMAND.takes("--text", help="another prompt's rows, by tools/encode_prompt.py")
+COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
-def main(given: argparse.Namespace) -> None:
+def main(given: argparse.Namespace) -> int:
     """Check the inputs, generate, and write the results."""
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
-    config = given.config
+    parking = Parking()
     initialise(given.distributed)
+    trust(given.trust)
     report.open_folder(given.out)
-    city = City(given.city)
-    photo = read_image(given.image)
-    poses = read_path(given.path, city, float(config.sample.spacing_m))
-    without = tuple(name for name in given.without.split(",") if name)
-    text = None if given.text is None else read_text(given.text)
-    made = generate(
-        config,
-        find_shipped(given.checkpoint),
-        city,
-        photo,
-        poses,
-        seed=given.seed,
-        without=without,
-        text=text,
-    )
-    facts = dict(
-        image=str(given.image),
-        path=str(given.path),
-        checkpoint=str(given.checkpoint),
-        seed=given.seed,
-        without=list(without),
-        text=given.text,
-        fps=config.sample.fps,
-        sample=json.loads(config.sample.to_json()),
-        jax=jax.__version__,
-    )
-    if not is_writer():
-        return
-    clips = clip_config(config.data)
-    print(f"wrote {write_rollout(given.out, made, city, clips, poses, facts)}")
+    request = read_request(given)
+    named = ("image", "path", "checkpoint", "text", "seed")
+    facts = {name: getattr(given, name) for name in named}
+    facts |= {"without": list(request.without), "jax": jax.__version__}
+    facts["config"] = json.loads(request.config.to_json())
+    kinds = dict(on_clip=say_clip, stopped=parking, facts=facts)
+    whole = generate_into(given.out, request, **kinds)
+    if is_writer() and whole:
+        print(f"wrote {Path(given.out, VIDEO)}")
+    elif is_writer():
+        print(f"parked in {given.out}; the same command goes on")
+    return 0 if whole else 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":

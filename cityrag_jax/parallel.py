@@ -135,6 +135,13 @@ def on_writer(action: Callable[[], object]) -> None:
         raise error
 
 
+def from_writer(value: np.ndarray | np.generic) -> np.ndarray:
+    """Give the writer's array to all processes, whose own has its shape and type."""
+    if jax.process_count() == 1:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
 def any_process(values: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """Say which values are true in any process, so that all decide the same."""
     if jax.process_count() == 1:

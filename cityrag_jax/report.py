@@ -169,3 +169,69 @@ def draw_map(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return path
+
+
+def draw_drives(
+    path: Path | str,
+    drives_m: Sequence[Float[np.ndarray, "_ 2"]],
+    time_s: Sequence[float],
+    pairs_m: Float[np.ndarray, "p 2"],
+) -> Path:
+    """Draw a city's drives by the day they were made, and where pairs begin.
+
+    Metres east and north. Drives of one street lie on each other: early ones are drawn
+    wide and late ones thin, so that all are seen.
+    """
+    import matplotlib.colors
+    import matplotlib.dates
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots()
+    days = np.asarray(time_s) / 86400
+    scale = matplotlib.colors.Normalize(days.min(), max(days.max(), days.min() + 1))
+    colours = matplotlib.colormaps["viridis"]
+    order = np.argsort(days, kind="stable")
+    for rank, k in enumerate(order):
+        width = 6 - 5 * rank / max(1, len(order) - 1)
+        colour = colours(scale(days[k]))
+        axes.plot(*drives_m[k].T, color=colour, linewidth=width, zorder=1 + rank)
+    if len(pairs_m):
+        label, top = "where pairs begin", 2 + len(order)
+        axes.plot(*pairs_m.T, ".", color="tab:red", ms=1, zorder=top, label=label)
+        axes.legend(loc="upper right")
+    axes.set(aspect="equal", xlabel="east, m", ylabel="north, m")
+    source = matplotlib.cm.ScalarMappable(scale, colours)
+    bar = figure.colorbar(source, ax=axes, shrink=0.6, label="driven")
+    dates = matplotlib.dates.AutoDateLocator(maxticks=6)
+    bar.ax.yaxis.set_major_locator(dates)
+    bar.ax.yaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(dates))
+    figure.savefig(path, dpi=100)
+    return Path(path)
+
+
+def draw_route(
+    path: Path | str,
+    drives_m: Sequence[Float[np.ndarray, "_ 2"]],
+    route_m: Float[np.ndarray, "T 2"],
+    shown_m: Mapping[str, Float[np.ndarray, "_ 2"]],
+    margin_m: float = 30.0,
+) -> Path:
+    """Draw a path, the drives around it, and the captures that show it, by drive."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots()
+    for places in drives_m:
+        axes.plot(*places.T, color="0.85", linewidth=1)
+    axes.plot(*route_m.T, color="black", linewidth=1, label="path")
+    axes.plot(*route_m[:1].T, "o", color="black", ms=6, label="start")
+    for name, places in shown_m.items():
+        axes.plot(*places.T, ".", ms=4, label=name)
+    low, high = route_m.min(0) - margin_m, route_m.max(0) + margin_m
+    middle, half = (low + high) / 2, max(high - low) / 2
+    axes.set(xlim=middle[0] + [-half, half], ylim=middle[1] + [-half, half])
+    axes.set(aspect="equal", xlabel="east, m", ylabel="north, m")
+    axes.legend(loc="best", fontsize="small")
+    figure.savefig(path, dpi=100)
+    return Path(path)

@@ -1,151 +1,161 @@
 """A path and a first image to a video of any length: clips chained frame to frame.
 
 Every clip gets its own retrieved condition; the last frame and pose of a clip start the
-next one (section 3.3). Conditions come from the path alone, never from a pair table.
+next one (section 3.3). The last clip ends with the path: it reaches back into the one
+before, which is cut where it starts, so that no pose is repeated and none is lost.
+Conditions come from the path alone, never from a pair table.
+
+A job is planned before a model is read; clips come one at a time, so that a video of
+any length takes the memory of one clip, and can go on from the last frame of any.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Float64, UInt8
+from jaxtyping import Float64, UInt8
 
-from cityrag_jax.batch import Clip, Conditions
-from cityrag_jax.checkpoint import Bundle
+from cityrag_jax.batch import Clip
 from cityrag_jax.data.clips import ClipConfig, path_clip, stack_clips
 from cityrag_jax.data.store import City
-from cityrag_jax.encode import encode_conditions, to_pixels
 from cityrag_jax.geo.retrieval import Retrieval, follow_drive
-from cityrag_jax.model.vae import WanVAE
-from cityrag_jax.sampling import Sampler, draw_noise
 
 # A `Generator`, or anything called like one: clips and a seed in, videos out.
 Generate = Callable[[Clip, int], UInt8[np.ndarray, "B T H W 3"]]
 
-encode = jax.jit(encode_conditions)
 
+class Span(NamedTuple):
+    """Where a clip stands: it starts at pose `first` and gives frames `begin` to `end`.
 
-@jax.jit
-def decode(vae: WanVAE, latents: Float[Array, "B t h w z"]) -> Array:
-    """Decode latents to 8-bit frames."""
-    return to_pixels(vae.decode(latents))
-
-
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A trained bundle with a sampler: clips in, videos out."""
-
-    bundle: Bundle
-    sampler: Sampler
-
-    def __post_init__(self):
-        missing = self._needed() - set(self.bundle.modules)
-        if missing or self.bundle.text is None:
-            lacks = sorted(missing) or ["text features"]
-            raise ValueError(
-                f"{self.bundle.origin} lacks {', '.join(lacks)}; generation needs a "
-                "whole CityRAG model, as training saves it in WORKDIR/model."
-            )
-
-    def _needed(self) -> set[str]:
-        needed = {"transformer", "vae"}
-        description = self.bundle.descriptions.get("transformer")
-        if description and description["config"].get("image_dim") is not None:
-            needed.add("clip")
-        return needed
-
-    def __call__(self, clip: Clip, seed: int) -> UInt8[np.ndarray, "B T H W 3"]:
-        """Generate a batch of clips; `frames[:, 0]` of each is its first image."""
-        return self.sample(self.encode(clip), clip, seed)
-
-    def encode(self, clip: Clip) -> Conditions:
-        """Encode what is given of a batch of clips."""
-        modules = self.bundle.modules
-        return encode(modules["vae"], clip, self.bundle.text, modules.get("clip"))
-
-    def sample(
-        self,
-        conditions: Conditions,
-        clip: Clip,
-        seed: int,
-    ) -> UInt8[np.ndarray, "B T H W 3"]:
-        """Generate clips from conditions, theirs or others; noise goes by their ids."""
-        vae = self.bundle.modules["vae"]
-        shape = conditions.first_frame.shape[1:4] + (vae.config.z_dim,)
-        noise = draw_noise(jax.random.key(seed), clip.clip_id, shape)
-        transformer = self.bundle.modules["transformer"]
-        latents = self.sampler(transformer, conditions, noise)
-        video = np.asarray(decode(vae, latents))
-        return video[:, : clip.first_from_camera.shape[1]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """A generated video, the views that it was grounded on, and their captures."""
-
-    frames: UInt8[np.ndarray, "N H W 3"]
-    conditions: tuple[UInt8[np.ndarray, "F H W 3"], ...]
-    retrievals: tuple[Retrieval, ...]
-
-
-def segments(num_poses: int, num_frames: int) -> list[np.ndarray]:
-    """Split a path into clips that share one pose; the last repeats the path's end."""
-    starts = range(0, max(1, num_poses - 1), num_frames - 1)
-    last = num_poses - 1
-    return [np.minimum(np.arange(s, s + num_frames), last) for s in starts]
-
-
-def retrieve(
-    city: City,
-    ecef_from_camera: Float64[np.ndarray, "N 4 4"],
-    config: ClipConfig,
-    **limits,
-) -> list[Retrieval]:
-    """Find the captures for every clip of a path, before anything is generated.
-
-    `limits` are those of `geo.retrieval.follow_drive`. Raises ValueError naming the
-    clip for which the city holds nothing.
+    All count from the start of the path, `end` is not included. Frame `first` is the
+    last of the clip before.
     """
-    found = []
-    for number, frames in enumerate(segments(len(ecef_from_camera), config.num_frames)):
-        try:
-            poses = ecef_from_camera[frames]
-            longest = config.condition_frames[1]
-            found.append(follow_drive(city.index, poses, longest, **limits))
-        except ValueError as error:
-            raise ValueError(
-                f"{city.folder}, clip {number} of the path (frames {frames[0]} to "
-                f"{frames[-1]}): {error}"
-            ) from error
-    return found
+
+    first: int
+    begin: int
+    end: int
 
 
-def rollout(
-    generator: Generate,
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a video is made of besides the model. Make it with `plan_job`."""
+
+    city: City
+    first_frame: UInt8[np.ndarray, "H W 3"]
+    ecef_from_camera: Float64[np.ndarray, "N 4 4"]
+    config: ClipConfig
+    spans: tuple[Span, ...]
+    retrievals: tuple[Retrieval, ...]
+    seed: int = 0
+
+    def clip(self, number: int, frame: UInt8[np.ndarray, "H W 3"]) -> Clip:
+        """Make what is given of a clip that starts with `frame`."""
+        poses = clip_poses(self.ecef_from_camera, self.spans[number], self.config)
+        captures = self.retrievals[number].captures
+        return path_clip(self.city, frame, poses, captures, self.config, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeClip:
+    """One clip's share of a video, and what it was grounded on.
+
+    `frames` are those of its span: the first clip's begin with the given image, and
+    any other's behind the frame that it shares with the clip before.
+    """
+
+    number: int
+    span: Span
+    frames: UInt8[np.ndarray, "T H W 3"]
+    condition: UInt8[np.ndarray, "F H W 3"]
+    retrieval: Retrieval
+    seconds: float
+
+
+def spans(num_poses: int, num_frames: int) -> tuple[Span, ...]:
+    """Split a path into clips of `num_frames`: one frame for every pose.
+
+    A path shorter than a clip is one clip, cut to it.
+    """
+    last = max(0, num_poses - num_frames)
+    starts = [*range(0, last, num_frames - 1), last]
+    ends = [*(first + 1 for first in starts[1:]), num_poses]
+    return tuple(map(Span, starts, [0, *ends], ends))
+
+
+def clip_poses(
+    ecef_from_camera: Float64[np.ndarray, "N 4 4"], span: Span, config: ClipConfig
+) -> Float64[np.ndarray, "T 4 4"]:
+    """Give the poses of a clip; behind a path shorter than one, the camera stands."""
+    index = np.arange(span.first, span.first + config.num_frames)
+    return ecef_from_camera[np.minimum(index, len(ecef_from_camera) - 1)]
+
+
+def plan_job(
     city: City,
     first_frame: UInt8[np.ndarray, "H W 3"],
     ecef_from_camera: Float64[np.ndarray, "N 4 4"],
     config: ClipConfig,
     *,
     seed: int = 0,
-    limits: dict | None = None,
-    progress: Callable[[list], Iterable] = list,
-) -> Rollout:
-    """Generate a frame for every pose of a path, clip after clip.
+    **limits,
+) -> Job:
+    """Split a path into clips and find the captures of each.
 
-    `progress` wraps the list of clips, as tqdm does. Same arguments, same bytes.
+    `limits` are those of `geo.retrieval.follow_drive`. Raises ValueError naming the
+    clip for which the city holds nothing.
     """
-    retrievals = retrieve(city, ecef_from_camera, config, **(limits or {}))
-    parts = segments(len(ecef_from_camera), config.num_frames)
-    video, conditions = [first_frame[None]], []
-    for number, frames in progress(list(enumerate(parts))):
-        captures = retrievals[number].captures
-        clip = path_clip(
-            city, video[-1][-1], ecef_from_camera[frames], captures, config, number
+    parts, found = spans(len(ecef_from_camera), config.num_frames), []
+    for number, span in enumerate(parts):
+        try:
+            poses = clip_poses(ecef_from_camera, span, config)
+            longest = config.condition_frames[1]
+            found.append(follow_drive(city.index, poses, longest, **limits))
+        except ValueError as error:
+            where = describe_clip(number, span)
+            raise ValueError(f"{city.folder}, {where}: {error}") from error
+    return Job(city, first_frame, ecef_from_camera, config, parts, tuple(found), seed)
+
+
+def describe_clip(number: int, span: Span) -> str:
+    """Name a clip for people."""
+    return f"clip {number} of the path (frames {span.first} to {span.end - 1})"
+
+
+def rollout(
+    generate: Generate,
+    job: Job,
+    *,
+    start: int = 0,
+    last_frame: UInt8[np.ndarray, "H W 3"] | None = None,
+) -> Iterator[MadeClip]:
+    """Generate clip after clip. Same arguments, same bytes.
+
+    Going on from clip `start`, `last_frame` is the last one of the clip before: the
+    rest is then what an uninterrupted rollout gives. Raises FloatingPointError with the
+    clip's number where the generator does.
+    """
+    frame = job.first_frame if start == 0 else last_frame
+    if frame is None:
+        raise ValueError(f"Clip {start} starts from the last frame before it; give it.")
+    for number in range(start, len(job.spans)):
+        began, span = time.monotonic(), job.spans[number]
+        clip = job.clip(number, frame)
+        try:
+            made = generate(stack_clips([clip]), job.seed)[0]
+        except FloatingPointError as error:
+            where = describe_clip(number, span)
+            raise FloatingPointError(f"{where}: {error}") from error
+        frames = made[span.begin - span.first : span.end - span.first]
+        if number == 0:
+            frames = np.concatenate([frame[None], frames[1:]])
+        yield MadeClip(
+            number,
+            span,
+            frames,
+            clip.condition[: clip.condition_length],
+            job.retrievals[number],
+            time.monotonic() - began,
         )
-        made = generator(stack_clips([clip]), seed)[0]
-        conditions.append(clip.condition[: clip.condition_length])
-        video.append(made[1:])
-    frames = np.concatenate(video)[: len(ecef_from_camera)]
-    return Rollout(frames, tuple(conditions), tuple(retrievals))
+        frame = frames[-1]

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
-from cityrag_jax.checkpoint import TrainingCheckpoints, save_bundle
+from cityrag_jax.checkpoint import TRUST, TrainingCheckpoints, save_bundle, trust
 from cityrag_jax.commands import Command
 from cityrag_jax.parallel import (
     DISTRIBUTED,
@@ -64,6 +64,7 @@ from cityrag_jax.training.log import (
 from cityrag_jax.training.losses import Losses, mean_losses
 from cityrag_jax.training.memory import is_out_of_memory, out_of_memory
 from cityrag_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
+from cityrag_jax.training.origin import trained_on
 from cityrag_jax.training.profile import Profile, parse_steps
 from cityrag_jax.training.program import Program, make_program
 from cityrag_jax.training.schedule import Schedule, Signals, Stopped, describe_stop
@@ -306,6 +307,8 @@ class _Training:
         """Write `model/`."""
         path, dtype = self.workdir / "model", self.config.train.save_dtype
         bundle = self.program.task.finish(params, encoders, self._clips())
+        origin = trained_on(self.config, (city for city, _ in self.sources))
+        bundle = dataclasses.replace(bundle, source={**bundle.source, **origin})
         return save_bundle(path, bundle, dtype=dtype, overwrite=True)
 
     def _clips(self) -> Iterator[Clip]:
@@ -318,6 +321,7 @@ COMMAND.needs_config()
 COMMAND.needs("--workdir", help="folder of this training; the same one goes on with it")
 COMMAND.takes("--profile", metavar="A:B", help="trace updates A to B, counted from 1")
 COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
 
 
 def main(given: argparse.Namespace) -> int:
@@ -325,6 +329,7 @@ def main(given: argparse.Namespace) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
     keep_compilations()
     initialise(given.distributed)
+    trust(given.trust)
     profile = parse_steps(given.profile) if given.profile else range(0)
     try:
         train(given.config, given.workdir, profile)

@@ -16,9 +16,12 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    """Give the only config; there are no variants."""
-    if variant is not None:
-        raise ValueError(f"configs/cityrag_14b.py has no variants, not {variant!r}.")
+    """Give the config for a machine, by default for 64 devices of 80 GB or more."""
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(
+            f"configs/cityrag_14b.py has no variant {variant!r}; choose of "
+            f"{', '.join(VARIANTS)}, or none."
+        )
     config = ConfigDict()
     config.task = "CityRAG"
     config.seed = 0
@@ -119,7 +122,43 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.sample.shift = 3.0
     config.sample.guidance = "joint"
     config.sample.scales = (5.0,)  # assumed
+    config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
+    config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.spacing_m = 0.5  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
     config.sample.fps = 10.0  # assumed: captures come at about 10 a second (3.1)
+    if variant is not None:
+        VARIANTS[variant](config)
     return config.lock()
+
+
+def _machine(fsdp: int, sequence: int, micro_batches: int):
+    """Lay the training out over so many devices; the batch stays the paper's."""
+
+    def change(config: ConfigDict) -> None:
+        config.train.mesh.update(data=1, fsdp=fsdp, sequence=sequence)
+        config.train.micro_batches = micro_batches
+
+    return change
+
+
+def _one_gpu(config: ConfigDict) -> None:
+    """Train the branches alone; the base is frozen, in bfloat16."""
+    config.optimizer.frozen = (
+        *("blocks.*", "head.*", "patch_embedding.*", "text_embedding.*"),
+        *("image_embedding.*", "time_embedding.*", "time_projection.*"),
+    )
+    config.train.batch_size = 1
+    config.train.mesh.update(data=1, fsdp=1, sequence=1)
+    config.model.transformer.offload = ("block_input",)
+
+
+VARIANTS = {
+    "gpu8": _machine(fsdp=4, sequence=2, micro_batches=8),
+    "gpu32": _machine(fsdp=32, sequence=1, micro_batches=1),
+    "h200x4": _machine(fsdp=2, sequence=2, micro_batches=16),
+    "v5p-128": _machine(fsdp=8, sequence=8, micro_batches=1),
+    "v6e-256": _machine(fsdp=32, sequence=8, micro_batches=1),
+    "tpu7x-128": _machine(fsdp=16, sequence=8, micro_batches=1),
+    "one_gpu": _one_gpu,
+}

@@ -124,6 +124,8 @@ def _gpu() -> ConfigDict:
     config.sample.shift = 3.0
     config.sample.guidance = "none"  # scale 1 was best for PSNR
     config.sample.scales = ()
+    config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
+    config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.spacing_m = 0.375  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
     config.sample.fps = 10.0

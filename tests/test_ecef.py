@@ -67,3 +67,16 @@ def test_inverse_undoes_a_rigid_transform(rng):
     np.testing.assert_allclose(
         ecef.invert_rigid(transform) @ transform, np.eye(4), atol=1e-8
     )
+
+
+@pytest.mark.parametrize("highest_m, within_m", [(1500, 1e-3), (9000, 0.04)])
+def test_dropping_to_the_ellipsoid_is_height_zero(rng, highest_m, within_m):
+    """The gradient's direction is off by the height's square over the radius."""
+    latitude, longitude = rng.uniform(-90, 90, 500), rng.uniform(-180, 180, 500)
+    height = rng.uniform(-500, highest_m, 500)
+    below, found = ecef.drop_to_ellipsoid(
+        ecef.ecef_from_geodetic(latitude, longitude, height)
+    )
+    truth = ecef.ecef_from_geodetic(latitude, longitude, np.zeros(500))
+    np.testing.assert_allclose(below, truth, atol=within_m, rtol=0)
+    np.testing.assert_allclose(found, height, atol=within_m, rtol=0)

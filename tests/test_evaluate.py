@@ -13,6 +13,7 @@ from test_sampling import model_of_no_zeros
 from test_train import get_config
 
 from cityrag_jax import evaluate as door
+from cityrag_jax import generator
 from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import Bundle, abstract_model, describe, new_model
 from cityrag_jax.evaluate import (
@@ -29,8 +30,8 @@ from cityrag_jax.evaluate import (
     score,
     swap_places,
 )
+from cityrag_jax.generator import Generator
 from cityrag_jax.model.vae import VAEConfig, WanVAE
-from cityrag_jax.rollout import Generator
 from cityrag_jax.sampling import Sampler, denoise
 from cityrag_jax.training.examples import open_cities
 
@@ -206,7 +207,7 @@ def test_a_table_of_all_clips_is_written(folder, tmp_path, monkeypatch):
             RECOLOURED: lambda: recolour(clips),
         }
 
-    monkeypatch.setattr(door, "latest_model", lambda *_, **__: bundle)
+    monkeypatch.setattr(generator, "latest_model", lambda *_, **__: bundle)
     monkeypatch.setattr(door, "make_videos", make_videos)
     config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
     means = door.evaluate(config, "model", str(folder), tmp_path / "out")
@@ -235,7 +236,7 @@ def test_rows_are_written_as_they_come(folder, tmp_path, monkeypatch):
 
         return {way: lambda: look(1) for way in (FULL, RECOLOURED, POSE_ALONE)}
 
-    monkeypatch.setattr(door, "latest_model", lambda *_, **__: bundle)
+    monkeypatch.setattr(generator, "latest_model", lambda *_, **__: bundle)
     monkeypatch.setattr(door, "make_videos", make_videos)
     config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
     door.evaluate(config, "model", str(folder), out)

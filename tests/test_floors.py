@@ -10,8 +10,9 @@ FLOORS = [
     {"geo", "diffusion", "batch", "flops", "chips"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report"},
-    {"sampling", "rollout", "jobs", "plan", "training", "commands"},
-    {"train", "generate", "evaluate", "doctor", "ui", "__main__"},
+    {"sampling", "generator", "rollout", "recording", "jobs", "plan"}
+    | {"training", "commands"},
+    {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},
     {"demo"},  # which goes through all doors
 ]
 SHARED = {"parallel", "checkpoint"}  # what model/ and checkpoint may use beside them

@@ -13,22 +13,17 @@ from test_train import get_config
 
 from cityrag_jax import generate as door
 from cityrag_jax.checkpoint import Bundle
-from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
-from cityrag_jax.data.video import read_image, read_video
 from cityrag_jax.generate import (
+    Request,
     fit_photo,
     generate,
+    generate_into,
     read_path,
     read_text,
-    sources,
-    with_text,
-    write_rollout,
 )
+from cityrag_jax.generator import with_text
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
-from cityrag_jax.rollout import Rollout, retrieve
-
-CLIPS = ClipConfig(num_frames=9, height=32, width=48, condition_frames=(5, 13))
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +37,6 @@ def city(tmp_path_factory) -> City:
 def poses() -> np.ndarray:
     enu = synthetic.line([0.5, 1, 2], 0, 17, 0.75)
     return ecef_from_enu(*synthetic.ANCHOR) @ enu
-
-
-@pytest.fixture
-def made(city, poses, rng) -> Rollout:
-    """A rollout that no network made."""
-    frames = rng.integers(256, size=(17, 32, 48, 3)).astype(np.uint8)
-    retrievals = retrieve(city, poses, CLIPS)
-    conditions = tuple(frames[: len(r.captures)] for r in retrievals)
-    return Rollout(frames, conditions, tuple(retrievals))
 
 
 @pytest.mark.parametrize("size", ((96, 144), (300, 144), (96, 500), (20, 24), (3, 90)))
@@ -106,72 +92,30 @@ def test_paths_that_cannot_be_read_are_named(city, tmp_path):
         read_path(tmp_path / "swapped.csv", city, 0.75)
 
 
-def test_sources_name_every_kind_of_licence_once(city):
-    """Whatever a video shows, its licences and attributions travel with it."""
-    first = np.arange(len(city)) < 40
-    mixed = City(city.folder)
-    mixed.header = dataclasses.replace(
-        city.header, licences=("CC0-1.0", "CC-BY-4.0"), attributions=("nobody", "Ada")
-    )
-    mixed.captures = dataclasses.replace(
-        city.captures,
-        licence=np.where(first, 0, 1).astype(np.int32),
-        attribution=np.where(first, 0, 1).astype(np.int32),
-        anonymised=first,
-    )
-    nobody = dict(licence="CC0-1.0", attribution="nobody", anonymised=True)
-    ada = dict(licence="CC-BY-4.0", attribution="Ada", anonymised=False)
-    assert sources(mixed, np.array([3, 1, 5])) == [nobody]
-    assert sources(mixed, np.array([70, 3, 71, 4])) == [ada, nobody]
-
-
-def test_all_files_are_written_and_say_what_was_used(city, poses, made, tmp_path):
-    facts = dict(fps=10.0, seed=3)
-    video = write_rollout(tmp_path / "out", made, city, CLIPS, poses, facts)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    pictures = {"overview.png", "map.png"}
-    assert names == pictures | {"video.mp4", "conditions.mp4", "generate.json"}
-    frames, fps = read_video(video)
-    assert (frames.shape, fps) == ((17, 32, 48, 3), 10.0)
-    conditions, _ = read_video(video.with_name("conditions.mp4"))
-    captures = np.concatenate([r.captures for r in made.retrievals])
-    assert len(conditions) == len(captures)
-    assert all(read_image(tmp_path / "out" / name).size for name in pictures)
-    sidecar = json.loads((tmp_path / "out" / "generate.json").read_text())
-    assert sidecar["captures"] == captures.tolist()
-    assert sidecar["drives"] == [r.drive for r in made.retrievals]
-    assert (sidecar["frames"], sidecar["seed"]) == (17, 3)
-    assert sidecar["sources"] == sources(city, captures)
-
-
-def test_the_sidecar_comes_last(city, poses, made, tmp_path):
-    """A folder with generate.json is whole: an interrupted one has none."""
-    (tmp_path / "map.png").mkdir()
-    with pytest.raises(OSError):
-        write_rollout(tmp_path, made, city, CLIPS, poses, dict(fps=10.0))
-    assert (tmp_path / "video.mp4").exists()
-    assert not (tmp_path / "generate.json").exists()
-
-
 def test_what_cannot_be_generated_is_refused_before_a_model_is_read(
     city, poses, tmp_path, monkeypatch
 ):
     config = get_config("toy_city")
     photo = np.zeros((64, 96, 3), np.uint8)
+    wanted = Request(config, tmp_path, city, photo, poses)
 
     def never(*_, **__):
         raise AssertionError("a model was read")
 
+    far = poses.copy()
+    far[:, :3, 3] += 1000.0
     with monkeypatch.context() as patch:
-        patch.setattr(door, "latest_model", never)
-        with pytest.raises(ValueError, match="without=depth: choose of"):
-            generate(config, tmp_path, city, photo, poses, without=("depth",))
-        far = poses.copy()
-        far[:, :3, 3] += 1000.0
-        with pytest.raises(ValueError, match="clip 0 of the path"):
-            generate(config, tmp_path, city, photo, far)
+        patch.setattr(door, "open_generator", never)
+        for message, change in {
+            "without=depth: choose of": dict(without=("depth",)),
+            "clip 0 of the path": dict(ecef_from_camera=far),
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                generate(dataclasses.replace(wanted, **change))
     with pytest.raises(ValueError, match="holds no model"):
-        generate(config, tmp_path, city, photo, poses)
+        generate(wanted)
+    with pytest.raises(ValueError, match="holds no model"):
+        generate_into(tmp_path / "out", wanted)
 
 
 def test_another_prompt_takes_the_place_of_the_stored_one(tmp_path, rng):

@@ -12,15 +12,19 @@ import jax.numpy as jnp
 import pytest
 import training_city
 from jax.sharding import NamedSharding, PartitionSpec
+from test_splash_compile import needs_libtpu
 
 from cityrag_jax.flops import Cost
-from cityrag_jax.parallel import layout, make_mesh
+from cityrag_jax.parallel import fill_mesh, layout, make_mesh
 from cityrag_jax.plan.chips import CHIPS, GIB, read_topology
 from cityrag_jax.plan.collectives import collectives
 from cityrag_jax.plan.compiled import _refusal
 from cityrag_jax.plan.memory import memory_by_formula, shard_bytes
 from cityrag_jax.plan.operations import count_operations
 from cityrag_jax.plan.roofline import Sent, roofline, sent_by_formula, sent_by_program
+from cityrag_jax.plan.search import changes, choose, search
+from cityrag_jax.training import speed
+from cityrag_jax.training.examples import clips_at_once
 from cityrag_jax.training.program import assumed_start, make_program
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +184,11 @@ def test_the_14bs_operations_are_those_of_its_forward(planned):
     kernels = 40 * clips * 4 * D * L * (L + S)
     rest = found.forward.flops - kernels
     assert found.again.flops == pytest.approx(rest, rel=1e-2)
-    assert found.all.flops > found.needed
+    longest = config.data.condition_frames[1]
+    needed = found.all.flops - found.again.flops - found.optimizer.flops
+    assert needed == pytest.approx(
+        speed.count_operations(config, program, longest), rel=5e-3
+    )
 
 
 def test_what_is_sent_by_formula_gathers_all_weights_twice(planned):
@@ -191,6 +199,29 @@ def test_what_is_sent_by_formula_gathers_all_weights_twice(planned):
     weights = sum(math.prod(program.parameters[n].shape) for n in program.stacked)
     assert by_kind["all-gather", both] == 2 * 2 * weights * 7 / 8
     assert by_kind["all-to-all", ("sequence",)] > 0
+
+
+@pytest.mark.long
+def test_a_search_puts_what_fits_and_is_fast_first():
+    """Fewer bytes on the device cost time; what is chosen is one of the config's."""
+    config = training_city.get_config("cityrag_14b", "gpu8")
+    with config.unlocked():
+        config.model.transformer.num_layers = 1
+        config.train.batch_size = 8
+        config.train.micro_batches = 2
+    plans = search(config, read_topology("h100:8"))
+    order = [(not plan.fits, plan.roofline.sum) for plan in plans]
+    assert order == sorted(order)
+    assert {plan.mesh["sequence"] for plan in plans} == {1, 2, 4, 8}
+    assert {plan.config.train.micro_batches for plan in plans} == {1, 2, 4, 8}
+    best = choose(plans, compiled=False)
+    assert best is plans[0] and best.fits
+    as_it_is = [plan for plan in plans if not changes(plan, config)]
+    assert len(as_it_is) == 1
+    assert as_it_is[0].mesh == {"data": 1, "fsdp": 4, "sequence": 2}
+    assert as_it_is[0].roofline.host == 0
+    offloads = [p for p in plans if p.config.model.transformer.offload]
+    assert all(plan.roofline.host > 0 for plan in offloads)
 
 
 def plan(*arguments):
@@ -207,8 +238,9 @@ def plan(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_the_tool_plans_cards_by_formula_and_says_what_does_not_fit():
-    """Two cards cannot hold the 14B's state."""
+    """Two cards cannot hold the 14B's state, whatever is done."""
     status, text = plan(
         "--config=configs/cityrag_14b.py",
         "--topology=h100:2",
@@ -216,3 +248,64 @@ def test_the_tool_plans_cards_by_formula_and_says_what_does_not_fit():
     )
     assert status == 1
     assert "does NOT fit, by formula" in text and "all-gather over fsdp" in text
+    assert "take more devices" in text
+
+
+# What each variant of configs/cityrag_14b.py is for.
+MACHINES = {
+    "gpu8": "h100:8",
+    "gpu32": "a100:32",
+    "h200x4": "h200:4",
+    "v5p-128": "v5p:4x4x4",
+    "v6e-256": "v6e:16x16",
+    "tpu7x-128": "tpu7x:4x4x4",
+    "one_gpu": "h200:1",
+}
+
+
+@pytest.mark.parametrize("variant", MACHINES)
+def test_variants_are_laid_out_for_their_machine_and_share_the_batch(variant):
+    """Held-out clips come in parts as training's do, or they would not fit."""
+    config = training_city.get_config("cityrag_14b", variant)
+    mesh = fill_mesh(dict(config.train.mesh), read_topology(MACHINES[variant]).devices)
+    assert math.prod(mesh.values()) == read_topology(MACHINES[variant]).devices
+    together = clips_at_once(config)
+    assert together % (mesh["data"] * mesh["fsdp"]) == 0
+    assert together * config.train.micro_batches == config.train.batch_size
+    assert config.eval.clips % together == 0
+
+
+def test_all_machines_have_a_variant_and_others_are_refused():
+    with pytest.raises(ValueError, match=f"'gpu9'.*{', '.join(MACHINES)}"):
+        training_city.get_config("cityrag_14b", "gpu9")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("variant", MACHINES)
+def test_every_variant_fits_its_machine_by_formula(variant):
+    status, text = plan(
+        f"--config=configs/cityrag_14b.py:{variant}",
+        f"--topology={MACHINES[variant]}",
+        "--formula",
+    )
+    assert status == 0 and "It fits, by formula" in text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@needs_libtpu
+def test_a_small_training_is_planned_by_the_compiler():
+    """Two of the 14B's blocks on eight chips: the formula is near the compiler."""
+    status, text = plan(
+        "--config=configs/cityrag_14b.py",
+        "--config.model.transformer.num_layers=2",
+        "--config.train.batch_size=2",
+        "--config.train.mesh.fsdp=2",
+        "--config.train.mesh.sequence=4",
+        "--topology=v5p:2x2x2",
+    )
+    assert status == 0 and "It fits, by the compiler" in text
+    assert "all-to-all over sequence" in text and "by the compiled program" in text
+    (error,) = re.findall(r"([+-]\d+) %  what the formula is off", text)
+    assert abs(int(error)) < 50

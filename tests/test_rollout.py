@@ -6,14 +6,11 @@ import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax.batch import Clip
-from cityrag_jax.checkpoint import Bundle, abstract_model, describe
 from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.trajectory import relative_poses
-from cityrag_jax.model.vae import VAEConfig, WanVAE
-from cityrag_jax.rollout import Generator, retrieve, rollout, segments
-from cityrag_jax.sampling import Sampler
+from cityrag_jax.rollout import MadeClip, plan_job, rollout, spans
 
 CONFIG = ClipConfig(num_frames=5, height=16, width=32, condition_frames=(5, 7))
 FIRST = np.full((16, 32, 3), 200, np.uint8)
@@ -46,83 +43,127 @@ class Painter:
         return made.astype(np.uint8)
 
 
-def test_segments_share_a_pose_and_repeat_the_last():
-    assert [s.tolist() for s in segments(9, 5)] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
-    assert [s.tolist() for s in segments(7, 5)] == [[0, 1, 2, 3, 4], [4, 5, 6, 6, 6]]
-    assert [s.tolist() for s in segments(2, 5)] == [[0, 1, 1, 1, 1]]
-    assert [s.tolist() for s in segments(1, 5)] == [[0] * 5]
+def make(painter, city, path, **options) -> list[MadeClip]:
+    return list(rollout(painter, plan_job(city, FIRST, path, CONFIG, **options)))
+
+
+def join(made: list[MadeClip]) -> np.ndarray:
+    return np.concatenate([clip.frames for clip in made])
+
+
+def test_the_last_clip_ends_with_the_path():
+    """Clips share a pose; the last one reaches back, and the one before is cut."""
+    assert spans(9, 5) == ((0, 0, 5), (4, 5, 9))
+    assert spans(7, 5) == ((0, 0, 3), (2, 3, 7))
+    assert spans(10, 5) == ((0, 0, 5), (4, 5, 6), (5, 6, 10))
+    assert spans(5, 5) == ((0, 0, 5),)
+    assert spans(2, 5) == ((0, 0, 2),)
+
+
+@pytest.mark.parametrize("num_frames", (2, 5, 9))
+def test_every_pose_is_in_one_clip_that_moves(num_frames):
+    """No pose twice, none lost; every clip starts at the last pose given before it."""
+    for num_poses in range(1, 40):
+        given = []
+        for span in spans(num_poses, num_frames):
+            assert span.first == max(0, len(given) - 1)
+            assert span.begin == len(given)
+            given += range(span.begin, span.end)
+            assert span.end <= span.first + num_frames
+            assert span.first + num_frames <= max(num_poses, num_frames)
+        assert given == list(range(num_poses))
 
 
 @pytest.mark.parametrize("num_poses", (1, 2, 5, 6, 9, 11))
 def test_every_pose_gets_one_frame(city, num_poses):
     painter = Painter()
-    made = rollout(painter, city, FIRST, north(num_poses), CONFIG)
-    assert made.frames.shape == (num_poses, 16, 32, 3)
-    np.testing.assert_array_equal(made.frames[0], FIRST)
+    made = make(painter, city, north(num_poses))
+    frames = join(made)
+    assert frames.shape == (num_poses, 16, 32, 3)
+    np.testing.assert_array_equal(frames[0], FIRST)
     clips = max(1, -(-(num_poses - 1) // 4))
-    assert len(painter.clips) == len(made.conditions) == len(made.retrievals) == clips
+    assert len(painter.clips) == len(made) == clips
 
 
 def test_the_last_frame_and_pose_of_a_clip_start_the_next(city):
     painter, path = Painter(), north(11)
-    made = rollout(painter, city, FIRST, path, CONFIG)
-    for k, clip in enumerate(painter.clips):
-        np.testing.assert_array_equal(clip.frames, made.frames[4 * k][None])
-        here = path[np.minimum(np.arange(4 * k, 4 * k + 5), 10)]
+    frames = join(make(painter, city, path))
+    starts = [0, 4, 6]
+    for start, clip in zip(starts, painter.clips, strict=True):
+        np.testing.assert_array_equal(clip.frames, frames[start][None])
+        here = path[start : start + 5]
         np.testing.assert_array_equal(clip.first_from_camera, relative_poses(here))
     # The middle ones are the generator's own, the given image apart.
-    painted = Painter()(jax.tree.map(lambda x: x[None], painter.clips[1]), 0)
-    np.testing.assert_array_equal(made.frames[5:9], painted[0, 1:])
+    for k, behind in ((1, slice(5, 7)), (2, slice(7, 11))):
+        painted = Painter()(jax.tree.map(lambda x: x[None], painter.clips[k]), 0)
+        count = behind.stop - behind.start
+        np.testing.assert_array_equal(frames[behind], painted[0, 1 : 1 + count])
+
+
+def test_only_behind_a_path_shorter_than_a_clip_the_camera_stands(city):
+    painter, path = Painter(), north(3)
+    make(painter, city, path)
+    wanted = relative_poses(path[[0, 1, 2, 2, 2]])
+    np.testing.assert_array_equal(painter.clips[0].first_from_camera, wanted)
 
 
 def test_conditions_look_along_the_path(city):
     """A pixel of this city shows its direction; north is (127.5, 247.5, 127.5)."""
-    made = rollout(Painter(), city, FIRST, north(9), CONFIG)
-    for condition, retrieval in zip(made.conditions, made.retrievals, strict=True):
-        assert len(condition) == len(retrieval.captures) == 7
-        np.testing.assert_array_equal(np.diff(retrieval.captures), 1)
-        middle = condition[:, 7:9, 15:17].mean(axis=(1, 2))
+    for clip in make(Painter(), city, north(9)):
+        assert len(clip.condition) == len(clip.retrieval.captures) == 7
+        np.testing.assert_array_equal(np.diff(clip.retrieval.captures), 1)
+        middle = clip.condition[:, 7:9, 15:17].mean(axis=(1, 2))
         np.testing.assert_allclose(middle, [[127.5, 247.5, 127.5]] * 7, atol=3)
 
 
 def test_equal_arguments_give_equal_bytes(city):
-    made = rollout(Painter(), city, FIRST, north(9), CONFIG, seed=3)
-    again = rollout(Painter(), city, FIRST, north(9), CONFIG, seed=3)
-    other = rollout(Painter(), city, FIRST, north(9), CONFIG, seed=4)
-    np.testing.assert_array_equal(made.frames, again.frames)
-    assert not np.array_equal(made.frames[1:], other.frames[1:])
-    assert not np.array_equal(made.frames[1:5], made.frames[5:9])
+    made = join(make(Painter(), city, north(9), seed=3))
+    again = join(make(Painter(), city, north(9), seed=3))
+    other = join(make(Painter(), city, north(9), seed=4))
+    np.testing.assert_array_equal(made, again)
+    assert not np.array_equal(made[1:], other[1:])
+    assert not np.array_equal(made[1:5], made[5:9])
 
 
-def test_progress_is_shown_clip_by_clip(city):
-    painter, shown = Painter(), []
+def test_clips_come_as_they_are_asked_for(city):
+    painter = Painter()
+    clips = rollout(painter, plan_job(city, FIRST, north(9), CONFIG))
+    assert [(next(clips).number, len(painter.clips)) for _ in range(2)] == [
+        (0, 1),
+        (1, 2),
+    ]
 
-    def progress(parts):
-        for part in parts:
-            shown.append((part[0], len(painter.clips)))
-            yield part
 
-    rollout(painter, city, FIRST, north(9), CONFIG, progress=progress)
-    assert shown == [(0, 0), (1, 1)]
+def test_a_rollout_goes_on_from_any_clip(city):
+    """To the same frames, and asks the generator for the missing clips alone."""
+    job = plan_job(city, FIRST, north(15), CONFIG)
+    whole = list(rollout(Painter(), job))
+    for start in range(1, len(whole)):
+        painter, last = Painter(), whole[start - 1].frames[-1]
+        rest = list(rollout(painter, job, start=start, last_frame=last))
+        assert len(painter.clips) == len(whole) - start
+        np.testing.assert_array_equal(join(rest), join(whole[start:]))
+    with pytest.raises(ValueError, match="Clip 2 starts from the last frame before"):
+        next(rollout(Painter(), job, start=2))
 
 
 def test_a_path_that_leaves_the_streets_names_city_and_clip(city):
     """Found before anything is generated."""
-    painter, path = Painter(), north(60)
     with pytest.raises(ValueError, match=r"clip 9 of the path \(frames 36 to 40\)"):
-        rollout(painter, city, FIRST, path, CONFIG)
-    assert painter.clips == []
+        plan_job(city, FIRST, north(60), CONFIG)
     with pytest.raises(ValueError, match=f"{city.folder}, clip 0 .* none goes within"):
-        retrieve(city, north(9)[::-1].copy(), CONFIG)
+        plan_job(city, FIRST, north(9)[::-1].copy(), CONFIG)
     with pytest.raises(ValueError, match="clip 0 .* 0.1 m of the path's start"):
-        retrieve(city, north(9), CONFIG, radius_m=0.1)
+        plan_job(city, FIRST, north(9), CONFIG, radius_m=0.1)
 
 
-def test_a_bundle_that_cannot_generate_is_refused():
-    """With what it lacks; the parameters are never looked at."""
-    vae = abstract_model(describe(WanVAE, VAEConfig(base_dim=4)))
-    with pytest.raises(ValueError, match="lacks transformer; generation needs"):
-        Generator(Bundle({"vae": vae}, {}), Sampler())
-    both = {"vae": vae, "transformer": vae}
-    with pytest.raises(ValueError, match="new lacks text features"):
-        Generator(Bundle(both, {}), Sampler())
+def test_numbers_that_are_not_finite_name_their_clip(city):
+    def generate(clip, seed):
+        if clip.clip_id[0] == 1:
+            raise FloatingPointError("numbers that are not finite")
+        return Painter()(clip, seed)
+
+    clips = rollout(generate, plan_job(city, FIRST, north(9), CONFIG))
+    next(clips)
+    with pytest.raises(FloatingPointError, match=r"clip 1 .*\(frames 4 to 8\): num"):
+        next(clips)

@@ -31,7 +31,7 @@ from cityrag_jax.evaluate import (
     make_videos,
     score,
 )
-from cityrag_jax.rollout import Generator
+from cityrag_jax.generator import Generator
 from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.examples import clip_config
 from cityrag_jax.training.tasks import describe_model

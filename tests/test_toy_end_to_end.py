@@ -1,5 +1,6 @@
 """The whole road at the smallest size: a city, two trainings, a generated video."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cityrag_jax.data.build import build_toy_city, toy_config
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, read_video
-from cityrag_jax.generate import generate, write_rollout
+from cityrag_jax.generate import Request, generate, generate_into
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 from cityrag_jax.training.log import read_metrics
@@ -90,21 +91,25 @@ def test_a_video_is_generated_along_the_held_out_street(
     photo = city.crops(
         np.array([start]), np.zeros(1), height=64, width=96, fov_deg=clips.fov_deg
     )[0]
-    made = generate(config, trained, city, photo, poses, seed=1)
-    assert made.frames.shape == (len(poses), 32, 48, 3)
-    for retrieval, condition in zip(made.retrievals, made.conditions, strict=True):
-        assert condition.shape == (len(retrieval.captures), 32, 48, 3)
-        assert (city.captures.neighbourhood[retrieval.captures] == held_out).all()
-    again = generate(config, trained, city, photo, poses, seed=1)
-    np.testing.assert_array_equal(again.frames, made.frames)
-    other = generate(config, trained, city, photo, poses, seed=2)
-    assert not np.array_equal(other.frames[1:], made.frames[1:])
+    wanted = Request(config, trained, city, photo, poses, seed=1)
+    made = list(generate(wanted))
+    frames = np.concatenate([clip.frames for clip in made])
+    assert frames.shape == (len(poses), 32, 48, 3)
+    for clip in made:
+        captures = clip.retrieval.captures
+        assert clip.condition.shape == (len(captures), 32, 48, 3)
+        assert (city.captures.neighbourhood[captures] == held_out).all()
+    other = next(generate(dataclasses.replace(wanted, seed=2)))
+    assert not np.array_equal(other.frames[1:], made[0].frames[1:])
 
-    facts = dict(image="photo.png", path="path.csv", fps=config.sample.fps)
-    video = write_rollout(tmp_path, made, city, clips, poses, facts)
-    frames, fps = read_video(video)
-    assert (frames.shape, fps) == (made.frames.shape, 10.0)
-    assert np.abs(frames.astype(int) - made.frames).mean() < 8
+    heard = []
+    whole = generate_into(tmp_path, wanted, on_clip=lambda _, clip: heard.append(clip))
+    assert whole and len(heard) == len(made) == 2
+    for clip, again in zip(made, heard, strict=True):
+        np.testing.assert_array_equal(again.frames, clip.frames)
+    shown, fps = read_video(tmp_path / "video.mp4")
+    assert (shown.shape, fps) == (frames.shape, 10.0)
+    assert np.abs(shown.astype(int) - frames).mean() < 8
     assert read_image(tmp_path / "overview.png").size
     sidecar = json.loads((tmp_path / "generate.json").read_text())
     assert sidecar["sources"] == [

@@ -29,9 +29,9 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.checkpoint.items import item_arrays
 from cityrag_jax.data.clips import held_out_clips, stack_clips
 from cityrag_jax.encode import clip_pixels, to_unit
+from cityrag_jax.generator import Generator
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
 from cityrag_jax.model.dit import DiTConfig, WanDiT
-from cityrag_jax.rollout import Generator
 from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.checks import check_config, flatten_config
 from cityrag_jax.training.examples import (

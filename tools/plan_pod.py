@@ -5,37 +5,55 @@
 
 Nothing is read or trained. For TPUs (v5e, v5p, v6e, tpu7x: chips along each axis) the
 real update is compiled, which takes minutes; GPUs (a100, h100, h200: a count of cards)
-are planned by formula. `--formula` plans TPUs so, too, in seconds.
+are planned by formula. `--formula` plans TPUs so, too, in seconds. `--search` weighs
+other meshes, parts of a batch and what blocks keep, and plans the best that fits.
 """
 
-import sys
+import argparse
 
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from cityrag_jax.plan.chips import read_topology
+from cityrag_jax.commands import Command
+from cityrag_jax.plan.chips import GIB, Topology, read_topology
 from cityrag_jax.plan.compiled import pretend
 from cityrag_jax.plan.report import as_text, make_plan
+from cityrag_jax.plan.search import as_table, changes, choose, search
 
 
-def main(_) -> None:
-    """Print the plan; exit with 1 where it does not fit."""
-    given = flags.FLAGS
-    try:
-        topology = read_topology(given.topology)
-        pretend(topology)
-        plan = make_plan(given.config, topology, compiled=not given.formula)
-    except ValueError as error:
-        sys.exit(f"plan_pod: {error}")
-    print(as_text(plan))
-    sys.exit(0 if plan.fits else 1)
+def main(given: argparse.Namespace) -> int:
+    """Print the plan; give 1 where it does not fit."""
+    topology = read_topology(given.topology)
+    pretend(topology)
+    config = given.config
+    if not given.search:
+        plan = make_plan(config, topology, compiled=not given.formula)
+        print(as_text(plan))
+        if not plan.fits:
+            advise(config, topology)
+        return 0 if plan.fits else 1
+    plans = search(config, topology)
+    print(as_table(plans, config))
+    best = choose(plans, compiled=not given.formula)
+    if best is not None:
+        print(f"\n{changes(best, config) or 'As it is'}\n\n{as_text(best)}")
+    return 0 if best is not None else 1
 
+
+def advise(config: ConfigDict, topology: Topology) -> None:
+    """Say what would fit, if anything does."""
+    best = choose(search(config, topology), compiled=False)
+    if best is None:
+        print("No mesh, parts or policy would fit; take more devices.")
+        return
+    size = f"{best.peak / GIB:.1f} GiB by formula"
+    print(f"This would fit, {size}: {changes(best, config)}")
+
+
+COMMAND = Command(__doc__)
+COMMAND.needs_config()
+COMMAND.needs("--topology", metavar="KIND:SHAPE", help="v5p:4x4x4, h100:32, ...")
+COMMAND.switch("--formula", help="compile nothing, for TPUs either")
+COMMAND.switch("--search", help="weigh other layouts, and plan the best that fits")
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, such as configs/cityrag_14b.py.", lock_config=True
-    )
-    flags.DEFINE_string("topology", None, "Such as v5p:4x4x4, or h100:32.")
-    flags.DEFINE_bool("formula", False, "Compile nothing.")
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    COMMAND.run(main)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cityrag_jax.batch import Conditions, latent_shape
-from cityrag_jax.checkpoint import latest_model, parameters
+from cityrag_jax.checkpoint import TRUST, latest_model, parameters, trust
 from cityrag_jax.parallel import DISTRIBUTED, initialise, make_mesh
 from cityrag_jax.sampling import Sampler
 
@@ -136,9 +136,11 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--distributed", action="store_true", help=DISTRIBUTED)
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--no-step", action="store_true", help="only read")
     given = parser.parse_args()
     initialise(given.distributed)
+    trust(given.trust)
     count = given.fsdp * given.sequence
     devices = jax.devices()[:count]
     mesh = make_mesh(1, given.fsdp, given.sequence, devices) if count > 1 else None

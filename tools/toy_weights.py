@@ -128,10 +128,10 @@ class Recipe:
         self.wait(self.transformer("warm_transformer", first, model, 0, *short))
         self.wait(compiling)
         lines = read_metrics(self.out / "warm_transformer")
-        speed = [x["steps_per_second"] for x in lines if "steps_per_second" in x][-1]
-        self.say(f"{speed:.2f} updates a second.")
+        each = [x["seconds_per_step"] for x in lines if "seconds_per_step" in x][-1]
+        self.say(f"{each:.4f} seconds an update.")
         rounded = 500 if given.size == "gpu" else 10
-        return max(1, int(CAUTION * speed * 60 * given.minutes) // rounded) * rounded
+        return max(1, int(CAUTION * 60 * given.minutes / each) // rounded) * rounded
 
     def autoencoder(self, name: str, cities: str, updates: int, *flags: str):
         """Start a training of the autoencoder in the folder `name`."""

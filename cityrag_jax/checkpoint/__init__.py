@@ -4,13 +4,12 @@ One call opens whatever was converted or trained, each network when it is asked 
 parameters in the type and on the mesh that you want:
 
     import jax.numpy as jnp
-    from cityrag_jax.checkpoint import latest_model, verify_bundle
+    from cityrag_jax.checkpoint import latest_model
     from cityrag_jax.parallel import make_mesh
 
-    verify_bundle(DIR)  # if you mistrust the disk
     bundle = latest_model(DIR, mesh=make_mesh(fsdp=8), dtype=jnp.bfloat16)
     print(sorted(bundle.modules), bundle.text.shape, bundle.origin)  # nothing read yet
-    vae = bundle.modules["vae"]  # read now, kept for the next time
+    vae = bundle.modules["vae"]  # read now, digests compared, kept for the next time
     transformer = bundle.modules["transformer"]  # each process reads its own shards
     print(vae.config.z_dim, transformer.config.num_layers)
 
@@ -30,6 +29,7 @@ from cityrag_jax.checkpoint.bundles import (
     verify_bundle,
 )
 from cityrag_jax.checkpoint.descriptions import (
+    COMPUTING,
     Arrays,
     Description,
     abstract_model,
@@ -44,16 +44,19 @@ from cityrag_jax.checkpoint.descriptions import (
     with_adapters,
     with_parameters,
 )
-from cityrag_jax.checkpoint.digests import Damaged
+from cityrag_jax.checkpoint.digests import TRUST, Damaged, trust, trusted
 from cityrag_jax.checkpoint.training import (
     TrainingCheckpoints,
+    identify_model,
     latest_model,
     load_frozen,
     save_frozen,
 )
 
 __all__ = [
+    "COMPUTING",
     "FORMAT",
+    "TRUST",
     "Arrays",
     "Bundle",
     "Damaged",
@@ -66,6 +69,7 @@ __all__ = [
     "computing_in",
     "describe",
     "draw_parameters",
+    "identify_model",
     "latest_model",
     "load_bundle",
     "load_frozen",
@@ -76,6 +80,8 @@ __all__ = [
     "save_bundle",
     "save_frozen",
     "stacked_parameters",
+    "trust",
+    "trusted",
     "verify_bundle",
     "with_adapters",
     "with_parameters",

@@ -1,7 +1,7 @@
 """Bundles: modules that belong together, in one folder that describes itself.
 
     config.json     format, descriptions of the modules, crc32 of the texts, versions,
-                    source and licence
+                    source, licence, and the crc32 of all that
     text.npy        the fixed prompt's rows [S, E]; negative_text.npy the empty prompt's
     NAME/           a module: digests.json and a folder for each item (`items.py`)
 
@@ -10,6 +10,7 @@ Everything is written under another name and renamed, so what has its name is wh
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -26,18 +27,32 @@ from cityrag_jax.checkpoint.descriptions import (
     Arrays,
     Description,
     abstract_model,
+    check_description,
     parameter_shardings,
     parameters,
     stacked_parameters,
     with_parameters,
 )
-from cityrag_jax.checkpoint.digests import check_digests, crc32, first_line
+from cityrag_jax.checkpoint.digests import (
+    check_digests,
+    crc32,
+    digest_json,
+    first_line,
+    trusted,
+    unreadable,
+)
 from cityrag_jax.checkpoint.files import read_json, renamed, write_json
-from cityrag_jax.checkpoint.items import find_damage, read_arrays, write_arrays
+from cityrag_jax.checkpoint.items import (
+    DIGESTS,
+    find_damage,
+    read_arrays,
+    write_arrays,
+)
 from cityrag_jax.parallel import is_writer
 
 FORMAT = 2
 CONFIG = "config.json"
+DIGEST = "digest"  # of all else that stands in config.json
 TEXTS = ("text", "negative_text")
 
 Read = Callable[[], nnx.Module]
@@ -146,8 +161,14 @@ def save_bundle(
             write_arrays(folder / name, parameters(module), stacked, dtype)
         if is_writer():
             write_texts(folder, bundle.text, bundle.negative_text)
-            write_json(folder / CONFIG, bundle_config(bundle))
+            write_config(folder, bundle)
     return Path(path)
+
+
+def write_config(folder: Path, bundle: Bundle) -> None:
+    """Write config.json with its own digest."""
+    told = bundle_config(bundle)
+    write_json(folder / CONFIG, told | {DIGEST: digest_json(told)})
 
 
 def bundle_config(bundle: Bundle) -> dict[str, Any]:
@@ -179,7 +200,7 @@ def write_texts(
 def is_bundle(path: Path) -> bool:
     """Say whether a folder's config.json lists modules."""
     config = path / CONFIG
-    return config.is_file() and "modules" in json.loads(config.read_text())
+    return config.is_file() and "modules" in read_json(config)
 
 
 def load_bundle(
@@ -187,15 +208,17 @@ def load_bundle(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
 ) -> Bundle:
     """Open what `save_bundle` wrote; modules are read when they are asked for.
 
     `dtype` is the type of parameters and arithmetic, None the config's; parameters lie
-    on the mesh as `parallel.py` says, or on the first device. With `verify` a module's
-    digests are checked as it is read. Names and shapes always are.
+    on the mesh as `parallel.py` says, or on the first device. A module's digests are
+    checked as it is read unless disks are trusted (`trust`) or `verify` is False. Names
+    and shapes always are.
     """
     path = Path(path).absolute()
+    verify = not trusted() if verify is None else verify
     config = _read_config(path)
     kinds = dict(dtype=dtype, mesh=mesh, verify=verify)
     readers = {
@@ -211,7 +234,7 @@ def load_bundle(
         str(path),
         texts.get("negative_text"),
         config["source"],
-        config["licence"],
+        str(config.get("licence", "")),
     )
 
 
@@ -240,6 +263,15 @@ def verify_bundle(path: Path | str) -> None:
         )
 
 
+def identify_bundle(path: Path | str) -> str:
+    """Give a digest of all parameters and texts of a bundle, by their own digests."""
+    path = Path(path).absolute()
+    config = _read_config(path)
+    parts = [read_json(path / name / DIGESTS) for name in sorted(config["modules"])]
+    text = json.dumps([config["texts"], *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def abstract_parameters(model: nnx.Module, shardings: Mapping[str, Sharding]) -> Arrays:
     """Give shape, type and sharding of every parameter."""
     return {
@@ -262,11 +294,37 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}/{CONFIG} has format {config.get('format')}; this code reads "
             f"bundles of format {FORMAT}. Convert or train the model again."
         )
+    digest = config.pop(DIGEST, None)
+    if digest != digest_json(config) and not trusted():
+        what = "differs from the one stored" if digest is not None else "is missing"
+        raise ValueError(
+            f"{path}/{CONFIG} is damaged: its checksum {what}. Take another copy, or "
+            "read it as it is by --trust."
+        )
+    _check_config(config, path / CONFIG)
     return config
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError for what is no config.json of a bundle, whoever wrote it."""
+    parts = ("modules", "described", "texts", "source")
+    for name in parts:
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f"{path}: {name} is {config.get(name)!r}, no JSON object.")
+    if not set(config["texts"]) <= set(TEXTS):
+        raise ValueError(f"{path}: texts are {sorted(config['texts'])}, not {TEXTS}.")
+    for part in ("modules", "described"):
+        for name, description in config[part].items():
+            if not name.isidentifier():
+                raise ValueError(f"{path}: {part} has {name!r}, no name of a folder.")
+            check_description(description, f"{path}: {part}.{name}")
 
 
 def _read_text(path: Path, name: str) -> np.ndarray:
     file = path / f"{name}.npy"
     if not file.exists():
         raise ValueError(f"{file} is missing; take another copy of the checkpoint.")
-    return np.load(file, allow_pickle=False)
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise unreadable(file, error) from error

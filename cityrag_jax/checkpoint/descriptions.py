@@ -7,6 +7,7 @@ axis.
 
 import dataclasses
 import importlib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ from jax.typing import DTypeLike
 
 from cityrag_jax.parallel import param_shardings
 
+# In the place of a type to read a model in: linears in the one that they compute in,
+# all else as described. What was trained in float32 and computes in bfloat16 so takes
+# half of the memory and gives the same bits: a linear casts its parameters anyway.
+COMPUTING = "computing"
 _MODELS = "cityrag_jax.model."
 
 Arrays = dict[str, Any]  # dotted name -> array or jax.ShapeDtypeStruct
@@ -124,11 +129,99 @@ def read_config(description: Description) -> Any:
     return _find_class(description["config_class"])(**fields)
 
 
+def check_description(description: Any, where: str) -> None:
+    """Raise ValueError if something is no description, naming the key and the value.
+
+    What it says must be of the right types, and its classes must exist; if its sizes
+    fit together is for the classes to say.
+    """
+    parts = {"class": str, "config_class": str, "config": dict, "branches": list}
+    _check_keys(description, parts, where)
+    cls = _find_class(description["config_class"])
+    if not dataclasses.is_dataclass(cls):
+        raise ValueError(f"{where}.config_class {cls.__name__} is no config.")
+    _find_class(description["class"])
+    kinds = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name, value in description["config"].items():
+        if name not in known:
+            raise ValueError(
+                f"{where}.config has {name!r}, which {cls.__name__} has not; it knows "
+                f"{', '.join(sorted(known))}."
+            )
+        if not _is_of(value, kinds[name], name):
+            raise ValueError(
+                f"{where}.config.{name} is {value!r}; it must be "
+                f"{_kind_name(kinds[name])}."
+            )
+    for i, branch in enumerate(description["branches"]):
+        _check_keys(branch, {"class": str, "arguments": dict}, f"{where}.branches[{i}]")
+        _find_class(branch["class"])
+    try:
+        read_config(description)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{where}.config does not work: {error}") from error
+
+
+def _check_keys(value: Any, parts: Mapping[str, type], where: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}, no JSON object.")
+    for name, kind in parts.items():
+        if not isinstance(value.get(name), kind):
+            raise ValueError(
+                f"{where}.{name} is {value.get(name)!r}; it must be a {kind.__name__}."
+            )
+
+
+def _is_of(value: Any, kind: Any, name: str) -> bool:
+    """Say if a JSON value can stand for a type of a config's field."""
+    if name.endswith("dtype"):
+        return value in ("float32", "bfloat16", "float16")
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            return False
+        kinds = options[:1] * len(value) if options[-1] is ... else options
+        pairs = zip(value, kinds, strict=False)
+        return len(value) == len(kinds) and all(_is_of(x, k, "") for x, k in pairs)
+    if options:  # a union
+        return any(_is_of(value, option, "") for option in options)
+    if kind is float:
+        finite = isinstance(value, int | float) and abs(value) < float("inf")
+        return finite and not isinstance(value, bool)
+    if kind in (int, str, bool, type(None)):
+        return type(value) is kind
+    return True
+
+
+def _kind_name(kind: Any) -> str:
+    return (
+        getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)
+    )
+
+
 def abstract_model(
     description: Description, dtype: DTypeLike | None = None
 ) -> nnx.Module:
-    """Build the described module without allocating anything."""
-    return nnx.eval_shape(lambda: build_model(description, nnx.Rngs(0), dtype))
+    """Build the described module without allocating anything.
+
+    `dtype` replaces both types of its config, or is `COMPUTING`.
+    """
+    computing = isinstance(dtype, str) and dtype == COMPUTING
+    both = None if computing else dtype
+    model = nnx.eval_shape(lambda: build_model(description, nnx.Rngs(0), both))
+    if computing:
+        for _, module in nnx.iter_modules(model):
+            if _is_linear(module):
+                for variable in (module.kernel, module.bias):
+                    shape = variable.get_value().shape
+                    variable.set_value(jax.ShapeDtypeStruct(shape, module.dtype))
+    return model
+
+
+def _is_linear(module: nnx.Module) -> bool:
+    kernel = getattr(module, "kernel", None)
+    return kernel is not None and len(kernel.get_metadata()["axes"]) == 2
 
 
 def new_model(description: Description, seed: int) -> nnx.Module:
@@ -161,7 +254,13 @@ def _find_class(name: str) -> Callable:
             f"config.json names the class {name}; only classes under {_MODELS}* are "
             "built. Is this folder a checkpoint of cityrag_jax?"
         )
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"config.json names the class {name}, which this version has not. Use the "
+            "version that wrote it."
+        ) from error
 
 
 def _to_json(name: str, value: Any) -> Any:

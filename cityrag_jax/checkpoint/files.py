@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; is {path.parent} a model folder?")
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); take another copy.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object; take another copy.")

@@ -9,7 +9,7 @@ result and one item.
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ from cityrag_jax.checkpoint.digests import (
     compare_names,
     digest_arrays,
     raise_damaged,
+    trusted,
     unreadable,
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
@@ -67,7 +68,13 @@ def write_arrays(
         write_json(folder / DIGESTS, digests)
 
 
-def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str, int]:
+def write_item(
+    path: Path,
+    arrays: Arrays,
+    *,
+    compress: bool = True,
+    digest: Callable[[Arrays], dict[str, int]] = digest_arrays,
+) -> dict[str, int]:
     """Write one item, whose arrays are JAX's, and give its digests."""
     context = ocp.Context()
     context.array.saving.use_compression = compress
@@ -83,7 +90,7 @@ def write_item(path: Path, arrays: Arrays, *, compress: bool = True) -> dict[str
     if is_writer() and committed.exists():
         committed.write_text("Checkpoint commit was successful")
     memory.give_back()
-    return digest_arrays(arrays)
+    return digest(arrays)
 
 
 def read_arrays(
@@ -91,13 +98,14 @@ def read_arrays(
     wanted: Arrays,
     stacked: frozenset[str],
     *,
-    verify: bool = False,
+    verify: bool | None = None,
 ) -> Arrays:
     """Read arrays as `wanted` says (shape, type, sharding), item by item.
 
-    Raises one ValueError with all names and shapes that differ, or with `verify` all
-    arrays whose checksum does not fit.
+    Raises one ValueError with all names and shapes that differ, or, unless disks are
+    trusted or `verify` is False, all arrays whose checksum does not fit or is missing.
     """
+    verify = not trusted() if verify is None else verify
     plan = plan_items(wanted, stacked)
     stored = {item.name: item_arrays(item) for item in _item_folders(folder)}
     on_disk = {item: with_scales(plan[item], stored.get(item, {})) for item in plan}
@@ -285,7 +293,7 @@ def _load(path: Path, wanted: Arrays, stored: Arrays) -> Arrays:
     try:
         with context:
             return ocp.load(path.absolute(), abstract)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # Orbax and tensorstore raise many kinds
         raise unreadable(path, error) from error
 
 

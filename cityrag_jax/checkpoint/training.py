@@ -9,6 +9,7 @@ verifies the digests.
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +24,12 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from cityrag_jax.checkpoint.bundles import (
+    DIGEST,
     FORMAT,
     Bundle,
     Modules,
     abstract_parameters,
+    identify_bundle,
     is_bundle,
     load_bundle,
 )
@@ -40,11 +43,13 @@ from cityrag_jax.checkpoint.descriptions import (
 from cityrag_jax.checkpoint.digests import (
     check_digests,
     compare_names,
+    digest_json,
     sum_arrays,
     unreadable,
 )
-from cityrag_jax.checkpoint.files import renamed
+from cityrag_jax.checkpoint.files import read_json, renamed
 from cityrag_jax.checkpoint.items import (
+    DIGESTS,
     abstract_layer,
     is_stacked,
     read_arrays,
@@ -60,13 +65,14 @@ def latest_model(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
 ) -> Bundle:
     """Open the newest model of a bundle or a workdir; modules are read when asked for.
 
     Of a workdir, `model/` if training has ended, else the newest whole checkpoint, its
     averaged (EMA) parameters if there are any. `dtype` is the type of parameters and
-    arithmetic, None the config's; without a mesh all lies on the first device.
+    arithmetic, None the config's; without a mesh all lies on the first device. Digests
+    are checked as `load_bundle` says.
     """
     path = Path(path).absolute()
     kinds = dict(dtype=dtype, mesh=mesh)
@@ -82,6 +88,24 @@ def latest_model(
         f"list modules in format {FORMAT}. Give a training workdir or a folder made by "
         "tools/convert_wan.py."
     )
+
+
+def identify_model(path: Path | str) -> str:
+    """Give a digest of the weights that `latest_model` opens, none of them read.
+
+    It is made of the digests that are stored beside them.
+    """
+    path = Path(path).absolute()
+    for folder in (path, path / "model"):
+        if is_bundle(folder):
+            return identify_bundle(folder)
+    if not is_bundle(path / "base"):
+        latest_model(path)  # raises what there is to say
+    with TrainingCheckpoints(path / "checkpoints") as checkpoints:
+        digests = [identify_bundle(path / "base"), checkpoints.read_digests()]
+    if (path / FROZEN).exists():
+        digests.append(read_json(path / FROZEN / DIGESTS))
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def save_frozen(workdir: Path, frozen: Arrays, stacked: frozenset[str]) -> None:
@@ -148,7 +172,8 @@ class TrainingCheckpoints:
         items, digests = {}, {}
         for group, tree in groups.items():
             items[group], digests[group] = _to_host(_flatten(tree), stacked)
-        text = json.dumps({"format": FORMAT, "digests": digests, "notes": dict(notes)})
+        record = {"format": FORMAT, "digests": digests, "notes": dict(notes)}
+        text = json.dumps(record | {DIGEST: digest_json(record)})
         nonempty = {group: arrays for group, arrays in items.items() if arrays}
         self._pending = self._checkpointer.save_checkpointables_async(
             step, nonempty | {"notes": {"json": text}}
@@ -194,6 +219,10 @@ class TrainingCheckpoints:
     def read_notes(self, step: int | None = None) -> dict[str, Any]:
         """Read the notes alone."""
         return self._read_record(self._newest() if step is None else step)["notes"]
+
+    def read_digests(self) -> dict[str, Any]:
+        """Read the digests of the newest checkpoint's arrays."""
+        return self._read_record(self._newest())["digests"]
 
     def load_model(
         self,
@@ -253,13 +282,20 @@ class TrainingCheckpoints:
         path = self.folder / str(step)
         try:
             loaded = ocp.load_checkpointables(path, {"notes": None})
-            return json.loads(loaded["notes"]["json"])
-        except (ValueError, OSError, KeyError) as error:
+            record = json.loads(loaded["notes"]["json"])
+        except Exception as error:  # Orbax and tensorstore raise many kinds
             raise unreadable(path / "notes", error) from error
+        digest = record.pop(DIGEST, None)
+        if digest != digest_json(record):
+            raise unreadable(path / "notes", ValueError("its checksum does not fit"))
+        return record
 
 
 def _read_group(path, group, flat, stacked):
-    stored = ocp.checkpointables_metadata(path).metadata
+    try:
+        stored = ocp.checkpointables_metadata(path).metadata
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise unreadable(path, error) from error
     if group not in stored:
         raise ValueError(
             f"{path} has no group {group!r}, only {sorted(stored)}; it was written by "
@@ -275,7 +311,7 @@ def _read_group(path, group, flat, stacked):
     }
     try:
         return ocp.load_checkpointables(path, {group: abstract})[group]
-    except (ValueError, OSError) as error:
+    except Exception as error:
         raise unreadable(path / group, error) from error
 
 

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from cityrag_jax.checkpoint import memory
 from cityrag_jax.checkpoint.bundles import (
-    CONFIG,
     TEXTS,
     Bundle,
-    bundle_config,
+    write_config,
     write_texts,
 )
+from cityrag_jax.checkpoint.digests import sum_arrays
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.items import DIGESTS, write_item
 from cityrag_jax.checkpoint.quantise import parameter_of
@@ -266,7 +266,8 @@ class _Work:
         shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(exist_ok=True)
         try:
-            digests = write_item(path, arrays, compress=False)
+            # Sums: of shards, too, each process can make its own.
+            digests = write_item(path, arrays, compress=False, digest=sum_arrays)
         except Exception as error:  # tensorstore and Orbax raise many kinds
             shutil.rmtree(path, ignore_errors=True)
             raise _not_written(self.folder, error) from error
@@ -285,7 +286,7 @@ class _Work:
         for network in self.plan.networks:
             digests = {item: self.done[_key(network, item)] for item in network.items}
             write_json(self.folder / network.name / DIGESTS, digests)
-        write_json(self.folder / CONFIG, bundle_config(self._bundle()))
+        write_config(self.folder, self._bundle())
         (self.folder / PROGRESS).unlink()
         os.rename(self.folder, self.plan.out)
 
@@ -330,7 +331,7 @@ def _row(network, title, prefix, expected, done) -> Row:
             size += num_bytes(x)
             if done is not None:
                 digest = done[_key(network, item)][ours]
-                crc = zlib.crc32(digest.to_bytes(4, "little"), crc)
+                crc = zlib.crc32(digest.to_bytes(8, "little"), crc)
     checksum = "" if done is None else f"{crc:08x}"
     return Row(title, tensors, count, expected, size, checksum)
 

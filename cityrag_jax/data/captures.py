@@ -7,6 +7,7 @@ Both are checked when written and when read.
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,13 @@ def write_columns(folder: Path, header: CityHeader, captures: Captures) -> None:
         "captures": len(captures),
         **dataclasses.asdict(header),
     }
+    document["digest"] = _digest(document)
     (folder / "city.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _digest(document: dict) -> int:
+    """Give the crc32 of a JSON object, whatever the spaces between its words."""
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def read_header(folder: Path) -> CityHeader:
@@ -144,8 +151,10 @@ def read_header(folder: Path) -> CityHeader:
                 f"{path} has format {version}, this program reads {FORMAT_VERSION}; "
                 f"{REBUILD}."
             )
+        if document.pop("digest") != _digest(document):
+            raise ValueError(f"{path} is damaged: its checksum differs; {REBUILD}.")
         fields = {f.name: document[f.name] for f in dataclasses.fields(CityHeader)}
-    except (json.JSONDecodeError, KeyError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
     for name in ("anchor", "licences", "attributions"):
         fields[name] = tuple(fields[name])
@@ -162,5 +171,5 @@ def read_captures(folder: Path) -> Captures:
             return Captures(
                 **{f.name: columns[f.name] for f in dataclasses.fields(Captures)}
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # zipfile and NumPy raise many kinds
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error

@@ -16,6 +16,7 @@ from jaxtyping import Float64, Int64, UInt8
 from cityrag_jax.batch import Clip
 from cityrag_jax.data.pairs import Pairs
 from cityrag_jax.data.store import City
+from cityrag_jax.geo.grounding import Views
 from cityrag_jax.geo.retrieval import drive_stop
 from cityrag_jax.geo.trajectory import (
     draw_yaw,
@@ -159,6 +160,15 @@ def condition_views(
     poses = city.captures.ecef_from_camera[captures]
     yaw_rad = facing_yaw(target_ecef_from_camera, poses)
     return _views(city, captures, yaw_rad, config)
+
+
+def show_views(
+    city: City, views: Views, config: ClipConfig
+) -> UInt8[np.ndarray, "n H W 3"]:
+    """Crop the captures that ground a path, each facing as the path does there."""
+    poses = city.captures.ecef_from_camera[views.capture]
+    yaw_rad = views.heading_rad - headings(poses)
+    return _views(city, views.capture, yaw_rad, config)
 
 
 def pad_condition(

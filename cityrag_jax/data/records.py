@@ -180,7 +180,7 @@ def _shards(folder: Path) -> list[tuple[Path, int]]:
         lengths = [int(n) for n in document["splits"][0]["shardLengths"]]
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {REBUILD}.") from error
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
     shards = []
     for k, length in enumerate(lengths):

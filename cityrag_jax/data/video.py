@@ -4,13 +4,21 @@ Files appear whole or not at all: written under a temporary name, then renamed. 
 imported when used, since not every machine that trains has it.
 """
 
+import itertools
 import os
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+
+# What makes equal frames equal bytes on any machine: fixed threads, and no decision
+# that depends on timing or on the processor.
+X264 = {"x264-params": "cpu-independent=1:mbtree=0", "threads": "4"}
+
+REORDERED = 2  # frames by which x264 decodes ahead of showing
 
 
 def write_video(
@@ -23,7 +31,8 @@ def write_video(
 ) -> None:
     """Write an MP4: H.264 4:2:0 for every player, or bit-exact RGB for metrics.
 
-    Lossy video needs even sides. A smaller `crf` is a better picture.
+    Lossy video needs even sides. A smaller `crf` is a better picture. Equal frames give
+    equal bytes.
     """
     import av
 
@@ -38,11 +47,10 @@ def write_video(
     try:
         with av.open(os.fspath(temporary), "w") as container:
             codec = "libx264rgb" if lossless else "libx264"
-            rate = Fraction(fps).limit_denominator(1001)
-            stream = container.add_stream(codec, rate=rate)
+            stream = container.add_stream(codec, rate=as_rate(fps))
             stream.width, stream.height = width, height
             stream.pix_fmt = "rgb24" if lossless else "yuv420p"
-            stream.options = {"qp": "0"} if lossless else {"crf": str(crf)}
+            stream.options = X264 | ({"qp": "0"} if lossless else {"crf": str(crf)})
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(
                     np.ascontiguousarray(frame), format="rgb24"
@@ -54,29 +62,105 @@ def write_video(
         temporary.unlink(missing_ok=True)
 
 
+def as_rate(fps: float) -> Fraction:
+    """Give frames a second as the fraction that files keep."""
+    return Fraction(fps).limit_denominator(1001)
+
+
+class JoinedVideo:
+    """An MP4 of other MP4s one behind the other, none of them encoded again.
+
+    They must come from `write_video`, with one size and rate. `growing` writes every
+    frame as a fragment of its own once the next one has come: the file can be played
+    all the time, however its writer ends. Else the index stands in front, and the file
+    appears whole when it is closed. Equal parts give equal bytes.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float,
+        metadata: Mapping[str, str],
+        *,
+        growing: bool = False,
+    ):
+        import av
+
+        self.path, self.growing = Path(path), growing
+        self._temporary = self.path.with_name(f".{self.path.stem}-{os.getpid()}.mp4")
+        flags = "empty_moov+default_base_moof+frag_every_frame"
+        options = {"movflags": flags if growing else "faststart", "flush_packets": "1"}
+        self._container = av.open(os.fspath(self._temporary), "w", options=options)
+        self._container.metadata.update(metadata)
+        self._rate, self._frames, self._stream = as_rate(fps), 0, None
+
+    def append(self, part: str | Path) -> None:
+        """Put a video behind what is there."""
+        import av
+
+        with av.open(os.fspath(part)) as source:
+            theirs = source.streams.video[0]
+            if self._stream is None:
+                self._stream = self._container.add_stream_from_template(theirs)
+                self._stream.time_base = theirs.time_base
+            tick = 1 / (self._rate * theirs.time_base)
+            behind, packets = round(self._frames * tick), source.demux(theirs)
+            for packet in (packet for packet in packets if packet.dts is not None):
+                # Encoders begin a short video later: all are decoded at one pace here.
+                packet.dts = round((self._frames - REORDERED) * tick)
+                packet.pts, packet.duration = packet.pts + behind, round(tick)
+                packet.stream = self._stream
+                self._container.mux(packet)
+                self._frames += 1
+        if self.growing and self._temporary.exists():
+            os.replace(self._temporary, self.path)  # the open file goes along
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._container.close()
+        if not self.growing:
+            os.replace(self._temporary, self.path)
+
+
 def read_video(
     path: str | Path, max_frames: int | None = None
 ) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
     """Read the frames of a video, at most `max_frames`, and its frames a second."""
+    frames = itertools.islice(read_frames(path), max_frames)
+    return np.stack(list(frames)), read_rate(path)
+
+
+def read_frames(path: str | Path) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """Read a video one frame at a time."""
     import av
 
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist.")
-    frames = []
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or 0)
-            for frame in container.decode(stream):
-                frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) == max_frames:
-                    break
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is not a readable video: {error}.") from error
-    if not frames:
+    empty = True
+    with _opened(path) as container:
+        try:
+            for frame in container.decode(video=0):
+                empty = False
+                yield frame.to_ndarray(format="rgb24")
+        except (av.FFmpegError, IndexError) as error:
+            raise ValueError(f"{path} is not a readable video: {error}.") from error
+    if empty:
         raise ValueError(f"{path} holds no frames.")
-    return np.stack(frames), fps
+
+
+def read_rate(path: str | Path) -> float:
+    """Read the frames a second of a video."""
+    with _opened(path) as container:
+        return float(container.streams.video[0].average_rate or 0)
+
+
+def _opened(path):
+    import av
+
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist.")
+    try:
+        return av.open(os.fspath(path))
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} is not a readable video: {error}.") from error
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:

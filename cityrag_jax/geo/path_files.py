@@ -1,4 +1,6 @@
-"""Paths that people draw: text in, rows of latitude, longitude and height out.
+"""Paths as text: what people draw comes in, what was asked for goes out.
+
+A drawn path becomes rows of latitude, longitude and height.
 
 Latitude and longitude are WGS84 degrees; the height of the camera above the ellipsoid
 is in metres, and NaN where the text gives none. GeoJSON (RFC 7946) puts longitude
@@ -10,7 +12,8 @@ import io
 import json
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
+from scipy.spatial.transform import Rotation
 
 
 def parse_path(text: str, file_name: str) -> Float64[np.ndarray, "M 3"]:
@@ -105,3 +108,21 @@ def _checked(rows: list, file_name: str) -> Float64[np.ndarray, "M 3"]:
             "longitude first, CSV latitude."
         )
     return path
+
+
+def format_tum(first_from_camera: Float32[np.ndarray, "N 4 4"], fps: float) -> str:
+    """Write poses as a TUM trajectory: seconds, place in metres, quaternion x y z w.
+
+    Of the cameras in the frame of the first one: x right, y down, z forward.
+    """
+    quaternions = Rotation.from_matrix(first_from_camera[:, :3, :3]).as_quat(
+        canonical=True
+    )
+    rows = np.concatenate([first_from_camera[:, :3, 3], quaternions], axis=1)
+    lines = [
+        "# seconds x y z qx qy qz qw, in the first camera's frame (OpenCV), metres"
+    ]
+    for number, row in enumerate(rows):
+        numbers = " ".join(f"{value:.9g}" for value in row)
+        lines.append(f"{number / fps:.6f} {numbers}")
+    return "\n".join(lines) + "\n"

@@ -1,8 +1,10 @@
-"""Find the captures of a city that lie along a path (section 3.3).
+"""Find the captures of a city by place, and the drive that follows a path (3.3).
 
-One k-d tree over all captures, built once (5.5 million in a few seconds); captures of
-a drive are consecutive, so the next ones of a drive are found by adding one. Positions
-are ECEF float64 metres, times are seconds, headings radians clockwise from north.
+One k-d tree over all captures, built once (5.5 million in a few seconds), on the
+ellipsoid below them: who looks for a place on a map need not know its height. Captures
+of a drive are consecutive, so the next ones of a drive are found by adding one.
+Positions are ECEF float64 metres, times are seconds, headings radians clockwise from
+north.
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int32, Int64
 from scipy.spatial import cKDTree
 
-from cityrag_jax.geo.ecef import ecef_from_geodetic, geodetic_from_ecef
+from cityrag_jax.geo.ecef import drop_to_ellipsoid, geodetic_from_ecef
 from cityrag_jax.geo.trajectory import project_on_path
 
 # A direction of travel is taken over this distance, so that noise in position and
@@ -21,10 +23,14 @@ DIRECTION_M = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class CaptureIndex:
-    """Captures of one city, findable by place. Build it with `index_captures`."""
+    """Captures of one city, findable by place. Build it with `index_captures`.
+
+    The tree's points lie on the ellipsoid, `height_m` below the positions.
+    """
 
     tree: cKDTree
     position_m: Float64[np.ndarray, "N 3"]
+    height_m: Float64[np.ndarray, " N"]
     drive: Int32[np.ndarray, " N"]
     time_s: Float64[np.ndarray, " N"]
     drive_edges: Int64[np.ndarray, " D"]
@@ -46,9 +52,10 @@ def index_captures(
 ) -> CaptureIndex:
     """Index captures by place; those of a drive must be consecutive and in order."""
     position_m = np.ascontiguousarray(ecef_from_camera[:, :3, 3])
-    return CaptureIndex(
-        build_tree(position_m), position_m, drive, time_s, drive_edges(drive)
-    )
+    below_m, height_m = drop_to_ellipsoid(position_m)
+    edges = drive_edges(drive)
+    tree = build_tree(below_m)
+    return CaptureIndex(tree, position_m, height_m, drive, time_s, edges)
 
 
 def build_tree(position_m: Float64[np.ndarray, "N 3"]) -> cKDTree:
@@ -93,7 +100,8 @@ def follow_drive(
         allowed &= index.drive != exclude_drive
     if away_from_time_s is not None:
         allowed &= np.abs(index.time_s - away_from_time_s) >= min_gap_s
-    near = np.asarray(index.tree.query_ball_point(path_m[0], radius_m), np.int64)
+    start_m, _ = drop_to_ellipsoid(path_m[0])
+    near = np.asarray(index.tree.query_ball_point(start_m, radius_m), np.int64)
     near = near[allowed[near]]
     if len(near) == 0:
         raise ValueError(_nothing_near(index, path_m[0], allowed, radius_m))
@@ -113,22 +121,6 @@ def follow_drive(
     stop = min(start + num_captures, drive_stop(index.drive_edges, start))
     captures = np.arange(start, stop, dtype=np.int64)
     return Retrieval(captures, int(index.drive[start]), float(mean_distance_m))
-
-
-def fill_heights(
-    index: CaptureIndex, path: Float64[np.ndarray, "M 3"]
-) -> Float64[np.ndarray, "M 3"]:
-    """Replace missing heights of a path by those of the nearest captures' cameras."""
-    missing = np.isnan(path[:, 2])
-    if not missing.any():
-        return path
-    filled = path.copy()
-    typical_m = float(np.median(geodetic_from_ecef(index.position_m[::100])[2]))
-    filled[missing, 2] = typical_m
-    places = ecef_from_geodetic(*filled[missing].T)
-    _, nearest = index.tree.query(places)
-    filled[missing, 2] = geodetic_from_ecef(index.position_m[nearest])[2]
-    return filled
 
 
 def _nothing_near(index, place_m, allowed, radius_m) -> str:

@@ -146,12 +146,12 @@ def poses_on_earth(
     """Turn rows of latitude, longitude (degrees) and height into ecef_from_camera.
 
     Heights are those of the camera above the ellipsoid and must be known:
-    `retrieval.fill_heights` takes missing ones from a city's captures.
+    `matching.fill_heights` takes missing ones from a city's captures.
     """
     if not np.isfinite(path).all():
         raise ValueError(
             f"{np.sum(~np.isfinite(path))} of the path's numbers are unknown; fill "
-            "missing heights with retrieval.fill_heights."
+            "missing heights with matching.fill_heights."
         )
     latitude, longitude, height = path.T
     anchor = ecef_from_enu(latitude[0], longitude[0], height[0])

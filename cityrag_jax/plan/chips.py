@@ -1,9 +1,10 @@
-"""Accelerators and how they are joined: the makers' figures that a plan divides by.
+"""Memory and links of accelerators: the makers' figures that a plan divides by.
 
 A topology is written `v5p:4x4x4` (chips along each axis of a torus) or `h100:32` (cards
 in nodes of eight). TPUs: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; speed of
-a link: jax-ml/scaling-book, tpus.md. GPUs: NVIDIA's data sheets of the SXM cards; their
-network, one 400 Gb/s port a card (A100: 200), is *assumed*.
+a link and to the host: jax-ml/scaling-book, tpus.md (of a TPU7x's host *assumed*).
+GPUs: NVIDIA's data sheets of the SXM cards; their network, one 400 Gb/s port a card
+(A100: 200), is *assumed*.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from cityrag_jax.chips import PEAKS
+from cityrag_jax.chips import peak_flops
 
 GB, GIB, TERA = 1e9, 2.0**30, 1e12
 
@@ -20,21 +21,28 @@ GB, GIB, TERA = 1e9, 2.0**30, 1e12
 class Chip:
     """One device as JAX counts them; of a TPU7x chip that is a half.
 
-    `memory` in bytes, `flops` dense bfloat16 and `bandwidth` of that memory a second.
-    `link` is one way in bytes a second: of one link of a TPU, of all NVLinks of a card.
-    A torus of a TPU closes along axes that are multiples of `wrap`. `network` is what a
-    card sends out of its node of `node` cards.
+    `kind` is the beginning of the name that JAX gives it, `memory` in bytes and
+    `bandwidth` what of it passes in a second. `link` is one way in bytes a second: of
+    one link of a TPU, of all NVLinks of a card. A torus of a TPU closes along axes that
+    are multiples of `wrap`. `network` is what a card sends out of its node of `node`
+    cards, `host` what it exchanges with the host's memory, one way.
     """
 
     name: str
+    kind: str
     memory: float
-    flops: float
     bandwidth: float
     link: float
+    host: float
     wrap: int = 0
     devices: int = 1
     node: int = 0
     network: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Give its dense bfloat16 operations a second."""
+        return float(peak_flops(self.kind))
 
     @property
     def is_tpu(self) -> bool:
@@ -42,26 +50,23 @@ class Chip:
         return not self.node
 
 
+def _chip(name: str, kind: str, gib: float, *speeds: int, **more: int) -> Chip:
+    """Make a chip of GiB, and of GB/s: its memory, a link, the host, a network."""
+    wide = more.pop("network", 0) * GB
+    return Chip(name, kind, gib * GIB, *(x * GB for x in speeds), network=wide, **more)
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 16 * GB, PEAKS["TPU v5 lite"], 819 * GB, 45 * GB, wrap=16),
-        Chip("v5p", 95 * GIB, PEAKS["TPU v5"], 2765 * GB, 90 * GB, wrap=4),
-        Chip("v6e", 32 * GB, PEAKS["TPU v6"], 1638 * GB, 90 * GB, wrap=16),
+        _chip("v5e", "TPU v5e", 16 * GB / GIB, 819, 45, 16, wrap=16),
+        _chip("v5p", "TPU v5", 95.0, 2765, 90, 16, wrap=4),
+        _chip("v6e", "TPU v6", 32 * GB / GIB, 1638, 90, 32, wrap=16),
         # Two devices a chip, each with half of its memory, speed and links.
-        Chip("tpu7x", 96 * GIB, PEAKS["TPU7x"], 3690 * GB, 45 * GB, wrap=4, devices=2),
-        Chip(
-            *("a100", 80 * GIB, PEAKS["A100"], 2039 * GB, 300 * GB),
-            **dict(node=8, network=25 * GB),
-        ),
-        Chip(
-            *("h100", 79.6 * GIB, PEAKS["H100"], 3350 * GB, 450 * GB),
-            **dict(node=8, network=50 * GB),
-        ),
-        Chip(
-            *("h200", 140.4 * GIB, PEAKS["H200"], 4800 * GB, 450 * GB),
-            **dict(node=8, network=50 * GB),
-        ),
+        _chip("tpu7x", "TPU7x", 96.0, 3690, 45, 16, wrap=4, devices=2),
+        _chip("a100", "A100", 80.0, 2039, 300, 25, node=8, network=25),
+        _chip("h100", "H100", 79.6, 3350, 450, 50, node=8, network=50),
+        _chip("h200", "H200", 140.4, 4800, 450, 50, node=8, network=50),
     )
 }
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cityrag_jax.batch import TIME_STRIDE
 from cityrag_jax.checkpoint import read_config
+from cityrag_jax.model.dit import BLOCK_INPUT
 from cityrag_jax.parallel import RULES
 from cityrag_jax.plan.operations import model_of, sizes_of
 from cityrag_jax.training.program import Program
@@ -83,17 +84,34 @@ def saved_by_blocks(config: ConfigDict, mesh: dict[str, int]) -> float:
 
     A kernel keeps its result in bfloat16 and a float32 number a head and token.
     """
-    model, sizes = model_of(config), sizes_of(config)
-    stream = jax.numpy.dtype(config.train.stream_dtype).itemsize * model.dim
-    kernel = HALF * model.dim + FLOAT * model.num_heads
-    if not model.remat:
+    model = model_of(config)
+    if model.remat:
+        input_ = () if BLOCK_INPUT in model.offload else (BLOCK_INPUT,)
+        each = _kept(config, {*input_, *model.keep})
+    else:
         widths = BLOCK_WIDTHS + 4 * model.ffn_dim / model.dim
         each = HALF * model.dim * widths
-    else:
-        each = 0 if "block_input" in model.offload else stream
-        each += sum(kernel for name in model.keep if name != "block_input")
+    return each * _tokens_of_blocks(config, mesh)
+
+
+def offloaded(config: ConfigDict, mesh: dict[str, int]) -> float:
+    """Count what a device brings to the host's memory in an update, and fetches."""
+    each = _kept(config, set(model_of(config).offload))
+    return each * _tokens_of_blocks(config, mesh) * config.train.micro_batches
+
+
+def _kept(config: ConfigDict, names: set[str]) -> float:
+    """Give the bytes that one token leaves in one block under these names."""
+    model = model_of(config)
+    stream = jax.numpy.dtype(config.train.stream_dtype).itemsize * model.dim
+    kernel = HALF * model.dim + FLOAT * model.num_heads
+    return float(sum(stream if name == BLOCK_INPUT else kernel for name in names))
+
+
+def _tokens_of_blocks(config: ConfigDict, mesh: dict[str, int]) -> float:
+    sizes = sizes_of(config)
     tokens = sizes.video * clips_at_once(config, mesh) / mesh["sequence"]
-    return float(model.num_layers * tokens * each)
+    return float(sizes.layers * tokens)
 
 
 def block_work(config: ConfigDict, program: Program, mesh: dict[str, int]) -> float:

@@ -18,9 +18,9 @@ from cityrag_jax.checkpoint import abstract_model, parameters, read_config
 from cityrag_jax.flops import Cost
 from cityrag_jax.model.dit import DiTConfig
 from cityrag_jax.training.program import Program
+from cityrag_jax.training.speed import GREY_FRAMES
 from cityrag_jax.training.tasks import describe_model
 
-IMAGE_FRAMES = 25  # that the first image's own conditioning encodes at the full rate
 NEWTON_SCHULZ = 5
 
 
@@ -47,12 +47,6 @@ class Operations:
     again: Cost
     encoders: Cost
     optimizer: Cost
-
-    @property
-    def needed(self) -> int:
-        """Count the operations that a utilisation (MFU) counts."""
-        parts = self.forward, self.backward, self.encoders
-        return sum(part.flops for part in parts)
 
     @property
     def all(self) -> Cost:
@@ -136,7 +130,7 @@ def _encoders(config: ConfigDict, program: Program) -> Cost:
     if config.train.pool or config.train.latents:
         return Cost()
     vae = read_config(program.task.encoders["vae"])
-    frames = data.num_frames, data.condition_frames[1], IMAGE_FRAMES
+    frames = data.num_frames, data.condition_frames[1], GREY_FRAMES
     costs = [
         flops.total(flops.vae_encode(vae, n, data.height, data.width)) for n in frames
     ]

@@ -5,12 +5,13 @@ Every figure says where it comes from: the compiler, or a formula.
 
 import dataclasses
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cityrag_jax.parallel import layout
+from cityrag_jax.parallel import MESH_AXES, layout
 from cityrag_jax.plan.chips import GB, GIB, TERA, Topology
 from cityrag_jax.plan.compiled import Compiled, compile_update, planned_mesh
-from cityrag_jax.plan.memory import memory_by_formula
+from cityrag_jax.plan.memory import memory_by_formula, offloaded
 from cityrag_jax.plan.operations import Operations, count_operations
 from cityrag_jax.plan.roofline import (
     REACHED,
@@ -20,27 +21,33 @@ from cityrag_jax.plan.roofline import (
     sent_by_formula,
     sent_by_program,
 )
-from cityrag_jax.training.program import assumed_start, make_program
+from cityrag_jax.training import speed
+from cityrag_jax.training.program import Program, assumed_start, make_program
 
 POOL = 0.95  # of a GPU, by XLA_PYTHON_CLIENT_MEM_FRACTION; JAX itself takes 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A config on a topology: bytes of a device, an update's operations and traffic."""
+    """A config on a topology: bytes of a device, an update's operations and traffic.
+
+    Of the operations `needed` are what a utilisation (MFU) counts.
+    """
 
     config: ConfigDict
     topology: Topology
     mesh: dict[str, int]
     memory: dict[str, float]
     operations: Operations
+    needed: float
     sent: list[Sent]
     compiled: Compiled | None
 
     @property
     def roofline(self) -> Roofline:
         """Give the least time of an update."""
-        return roofline(self.operations.all, self.sent, self.topology)
+        moved = offloaded(self.config, self.mesh)
+        return roofline(self.operations.all, self.sent, self.topology, moved)
 
     @property
     def peak(self) -> float:
@@ -68,25 +75,46 @@ class Plan:
         return self.config.train.steps * self.roofline.expected / 3600
 
 
+def prepare(config: ConfigDict, topology: Topology) -> tuple[Program, Mesh | None]:
+    """Build a config's program on a topology that this process sees (`pretend`)."""
+    mesh = planned_mesh(config, topology)
+    with layout(mesh, dict(config.train.rules)):
+        return make_program(config, mesh, assumed_start(config)), mesh
+
+
+def plan_by_formula(
+    config: ConfigDict, program: Program, mesh: Mesh | None, topology: Topology
+) -> Plan:
+    """Plan a config without a compiler.
+
+    `program` may be that of another config of the same mesh and the same parameters.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1) if mesh is None else dict(mesh.shape)
+    longest = config.data.condition_frames[1]
+    return Plan(
+        config=config,
+        topology=topology,
+        mesh=sizes,
+        memory=memory_by_formula(config, program, sizes),
+        operations=count_operations(config, program),
+        needed=speed.count_operations(config, program, longest),
+        sent=sent_by_formula(config, program, mesh, topology),
+        compiled=None,
+    )
+
+
 def make_plan(config: ConfigDict, topology: Topology, *, compiled: bool = True) -> Plan:
     """Plan a config on a topology whose devices this process sees (`pretend`).
 
     For TPUs the update is compiled, if `compiled`; else all is by formula.
     """
-    mesh = planned_mesh(config, topology)
-    sizes = {"data": 1, "fsdp": 1, "sequence": 1} if mesh is None else dict(mesh.shape)
-    with layout(mesh, dict(config.train.rules)):
-        program = make_program(config, mesh, assumed_start(config))
-    memory = memory_by_formula(config, program, sizes)
-    operations = count_operations(config, program)
-    found = None
-    if compiled and topology.chip.is_tpu:
-        found = compile_update(program, mesh, config)
-    if found and not found.asked:
-        sent = sent_by_program(found.sent, mesh, topology)
-    else:
-        sent = sent_by_formula(config, program, mesh, topology)
-    return Plan(config, topology, sizes, memory, operations, sent, found)
+    program, mesh = prepare(config, topology)
+    plan = plan_by_formula(config, program, mesh, topology)
+    if not compiled or not topology.chip.is_tpu:
+        return plan
+    found = compile_update(program, mesh, config)
+    sent = plan.sent if found.asked else sent_by_program(found.sent, mesh, topology)
+    return dataclasses.replace(plan, compiled=found, sent=sent)
 
 
 def as_text(plan: Plan) -> str:
@@ -152,12 +180,13 @@ def _traffic(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     least = plan.roofline
-    needed = plan.operations.needed / plan.topology.devices / plan.topology.chip.flops
+    needed = plan.needed / plan.topology.devices / plan.topology.chip.flops
     fits = "It fits" if plan.fits else "It does NOT fit"
     by = "by the compiler" if plan.compiled else "by formula"
     return (
         f"An update takes at least {least.bound:.2f} s, by {least.binds} (computing "
-        f"{least.computing:.2f}, memory {least.memory:.2f}, links {least.links:.2f}); "
+        f"{least.computing:.2f}, memory {least.memory:.2f}, links {least.links:.2f}, "
+        f"host {least.host:.2f}); "
         f"at {REACHED:.0%} of that, assumed, {least.expected:.1f} s, MFU "
         f"{needed / least.expected:.0%}, and {plan.hours:,.0f} h for "
         f"{plan.config.train.steps:,} updates.\n"

@@ -1,6 +1,6 @@
 """The least time of an update: what is computed, moved and sent over what devices can.
 
-The three overlap at best, so the longest of them is a bound from below.
+They overlap at best, so the longest of them is a bound from below.
 """
 
 import collections
@@ -43,6 +43,7 @@ class Roofline:
     computing: float
     memory: float
     links: float
+    host: float = 0.0
 
     @property
     def bound(self) -> float:
@@ -55,18 +56,29 @@ class Roofline:
         return max(dataclasses.asdict(self), key=dataclasses.asdict(self).get)
 
     @property
+    def sum(self) -> float:
+        """Give the seconds of an update that did all of it one after the other."""
+        return sum(dataclasses.astuple(self))
+
+    @property
     def expected(self) -> float:
         """Give the seconds that an update may take in fact (*assumed*)."""
         return self.bound / REACHED
 
 
-def roofline(cost: Cost, sent: Iterable[Sent], topology: Topology) -> Roofline:
-    """Divide the cost of an update among all devices of a topology."""
+def roofline(
+    cost: Cost, sent: Iterable[Sent], topology: Topology, offloaded: float = 0.0
+) -> Roofline:
+    """Divide the cost of an update among all devices of a topology.
+
+    `offloaded` are bytes that each device brings to its host and fetches.
+    """
     chip, count = topology.chip, topology.devices
     return Roofline(
         cost.flops / count / chip.flops,
         cost.bytes / count / chip.bandwidth,
         sum(x.seconds for x in sent),
+        2 * offloaded / chip.host,
     )
 
 

@@ -205,11 +205,10 @@ def pool_size(config: ConfigDict) -> int:
 
 
 def clips_at_once(config: ConfigDict) -> int:
-    """Count the held-out clips of a batch: those of training, to compile once."""
+    """Count the held-out clips of a batch: those of a part of training's, which fit."""
     train = config.train
-    return min(
-        train.encode_batch if train.pool else train.batch_size, config.eval.clips
-    )
+    part = train.batch_size // train.micro_batches
+    return min(train.encode_batch if train.pool else part, config.eval.clips)
 
 
 def held_out_examples(

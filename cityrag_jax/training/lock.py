@@ -1,8 +1,8 @@
-"""One training at a time in a workdir: a lock file whose owner shows that it lives.
+"""One process at a time in a folder: a lock file whose owner shows that it lives.
 
 The owner touches the file every `BEAT_S`. Whoever finds a lock takes it over if its
 process is known to be dead, else watches it for `PATIENCE_S`: one that is touched
-belongs to a living training and is respected, one that is not is taken over, as after a
+belongs to a living process and is respected, one that is not is taken over, as after a
 job that was moved to another machine. No clocks of different machines are compared.
 """
 
@@ -19,9 +19,9 @@ PATIENCE_S = 30.0
 
 
 class WorkdirLock:
-    """The lock of one workdir; release it, or die.
+    """The lock of one workdir, or of one video's folder; release it, or die.
 
-    Raises ValueError, on taking it, if another training has it.
+    Raises ValueError, on taking it, if another process has it.
     """
 
     def __init__(self, workdir: Path):
@@ -36,9 +36,9 @@ class WorkdirLock:
             owner = _read_owner(self.path)
             if _is_alive(self.path, owner):
                 raise ValueError(
-                    f"Another training runs in {self.path.parent}: process "
+                    f"Another process works in {self.path.parent}: "
                     f"{owner.get('pid')} on {owner.get('host')}. Wait for its end, or "
-                    "choose another --workdir."
+                    "choose another folder."
                 )
             self.path.unlink(missing_ok=True)
         self._beating = threading.Thread(target=self._beat, daemon=True)

@@ -1,6 +1,6 @@
-"""The whole road once, on a laptop with nothing downloaded:
+"""Go the whole road once, on a laptop with nothing downloaded:
 
-    python tools/demo.py --out=out/demo
+    python -m cityrag_jax.demo --out=out/demo
 
 Builds a toy city on disk, takes a photo on a street at a time when nobody drove there,
 draws a path around a corner, retrieves panoramas along it, generates the video with the
@@ -10,12 +10,11 @@ shipped weights, scores it, and trains on for two minutes to show the trainer. W
 
 import argparse
 import dataclasses
-import importlib.util
 import json
+import shutil
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import tqdm
 from absl import logging
@@ -24,7 +23,8 @@ from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip
-from cityrag_jax.checkpoint import latest_model
+from cityrag_jax.checkpoint import identify_model
+from cityrag_jax.commands import Command, find_shipped, load_config
 from cityrag_jax.data import toy_city
 from cityrag_jax.data.build import build_toy_city
 from cityrag_jax.data.pairs import load_pairs
@@ -32,19 +32,22 @@ from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_walk import CLEAR_DAY, film, sharpest_corner
 from cityrag_jax.data.video import write_image
 from cityrag_jax.evaluate import DECIMALS, FULL, POSE_ALONE, RECOLOURED, score
-from cityrag_jax.generate import fit_photo, read_path, write_rollout
+from cityrag_jax.generate import fit_photo, read_path
+from cityrag_jax.generator import Generator, open_generator
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.metrics.image import recolour_condition
-from cityrag_jax.parallel import keep_compilations, loading_dtype
-from cityrag_jax.rollout import Generator, Rollout, rollout
-from cityrag_jax.sampling import drop, read_sampler
+from cityrag_jax.parallel import keep_compilations
+from cityrag_jax.recording import Recording
+from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
+from cityrag_jax.sampling import drop
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "configs" / "toy_city_weights"
+CONFIG = "configs/toy_city.py:demo"
+WEIGHTS = "configs/toy_city_weights"
 PATH_M = 24.0
 PHOTO_SCALE = 4
+MADE = "made"  # folder of the generated video
 BEHIND = f"behind {FULL}"
 # Four neighbourhoods of two streets, each driven twice: one neighbourhood is held out.
 PLAN = dict(
@@ -55,14 +58,6 @@ PLAN = dict(
     route_streets=2,
     step_m=(0.35, 0.5),
 )
-
-
-def read_config(path: Path, variant: str):
-    """Load a config file's variant."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant).unlock()
 
 
 def draw_path(config: toy_city.CityConfig, held_out: int, file: Path) -> None:
@@ -87,30 +82,35 @@ class Take:
 
     photo: UInt8[np.ndarray, "h w 3"]
     truth: UInt8[np.ndarray, "N H W 3"]
-    made: Rollout
-    blind: Rollout
+    job: Job
+    made: list[MadeClip]
+    blind: list[MadeClip]
 
-    @property
-    def first(self) -> UInt8[np.ndarray, "H W 3"]:
-        """The photo at the videos' size."""
-        return fit_photo(self.photo, *self.truth.shape[1:3])
+    def videos(self) -> dict[str, UInt8[np.ndarray, "_ H W 3"]]:
+        """Join the clips: the retrieved views, and what was made with and without."""
+        return {
+            "retrieved": np.concatenate([clip.condition for clip in self.made]),
+            "geo + trajectory": np.concatenate([clip.frames for clip in self.made]),
+            "trajectory alone": np.concatenate([clip.frames for clip in self.blind]),
+        }
 
     def rows(self) -> dict[str, UInt8[np.ndarray, "_ H W 3"]]:
         """Lay out what was given, what was generated, and the truth."""
+        retrieved, made, blind = self.videos().values()
         return {
-            "photo": self.first[None],
-            "retrieved": np.concatenate(self.made.conditions),
-            "generated, geo + trajectory": self.made.frames,
-            "generated, trajectory alone": self.blind.frames,
+            "photo": self.job.first_frame[None],
+            "retrieved": retrieved,
+            "generated, geo + trajectory": made,
+            "generated, trajectory alone": blind,
             "truth": self.truth,
         }
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Score all frames but the given one, and how far each is behind the first."""
-        views = np.concatenate(self.made.conditions)
+        views, made, blind = self.videos().values()
         views = views[np.minimum(np.arange(len(self.truth)), len(views) - 1)]
-        fitted = np.round(255 * recolour_condition(views, self.first))
-        videos = {FULL: self.made.frames, POSE_ALONE: self.blind.frames}
+        fitted = np.round(255 * recolour_condition(views, self.job.first_frame))
+        videos = {FULL: made, POSE_ALONE: blind}
         videos[RECOLOURED] = fitted.astype(np.uint8)
         rows = {}
         for way, video in videos.items():
@@ -134,64 +134,59 @@ def take_photo(
     photo = film(plan, seed, poses[:1], *(PHOTO_SCALE * view).tolist(), clips.fov_deg)
     truth = film(plan, seed, poses, *view.tolist(), clips.fov_deg)
 
+    frame = fit_photo(photo[0], *view.tolist())
+    radius_m = float(config.sample.radius_m)
+    job = plan_job(city, frame, poses, clips, radius_m=radius_m)
+
     def without_geo(clip: Clip, seed: int):
         return generator.sample(drop(generator.encode(clip), "geo"), clip, seed)
 
     made, blind = (
-        rollout(
-            generate,
-            city,
-            fit_photo(photo[0], *view.tolist()),
-            poses,
-            clips,
-            limits=dict(radius_m=float(config.sample.radius_m)),
-            progress=lambda parts: tqdm.tqdm(parts, desc="generating", unit="clip"),
-        )
+        list(tqdm.tqdm(rollout(generate, job), "generating", len(job.spans)))
         for generate in (generator, without_geo)
     )
-    return Take(photo[0], truth, made, blind)
+    return Take(photo[0], truth, job, made, blind)
 
 
-def show(out: Path, take: Take, city: City, poses, config: ConfigDict) -> None:
-    """Write the videos and pictures of a photo."""
-    fps, clips = float(config.sample.fps), clip_config(config.data)
+def show(out: Path, take: Take, config: ConfigDict, weights: str) -> None:
+    """Write the videos and pictures of a photo, over those of the last demo."""
+    fps = float(config.sample.fps)
     write_image(out / "photo.png", take.photo)
-    facts = dict(image="photo.png", path="path.geojson", fps=fps, jax=jax.__version__)
-    write_rollout(out, take.made, city, clips, poses, facts)
+    shutil.rmtree(out / MADE, ignore_errors=True)
+    facts = dict(weights=weights)
+    with Recording(out / MADE, take.job, facts, fps=fps) as recording:
+        for clip in take.made:
+            recording.add(clip)
+        recording.finish(dict(image="photo.png", path="path.geojson"))
     write_image(out / "side_by_side.png", report.side_by_side(take.rows()))
     report.animate(out / "animation.webp", take.rows(), len(take.truth), fps=fps)
 
 
-def read_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument(
-        "--train-seconds", type=float, default=120.0, help="0: do not train on"
-    )
-    parser.add_argument(
-        "--photo-seeds",
-        "--photo-seed",
-        type=lambda text: [int(seed) for seed in text.split(",")],
-        default=[CLEAR_DAY],
-        metavar="SEED[,SEED...]",
-        help="days on which the photo is taken; a table scores all of them, pictures "
-        f"show the first. {CLEAR_DAY} (default) is a clear day, any other seed draws "
-        "its weather among the others",
-    )
-    return parser.parse_args()
+def read_seeds(text: str) -> list[int]:
+    """Read numbers separated by commas."""
+    return [int(seed) for seed in text.split(",")]
 
 
-def main() -> None:
+COMMAND = Command(__doc__)
+COMMAND.takes("--out", type=Path, default=Path("out/demo"), help="folder to write to")
+COMMAND.takes("--weights", default=WEIGHTS, help="model folder or workdir")
+COMMAND.takes("--train-seconds", type=float, default=120.0, help="0: do not train on")
+COMMAND.takes(
+    "--photo-seeds",
+    type=read_seeds,
+    default=[CLEAR_DAY],
+    metavar="SEED[,SEED...]",
+    help="days on which the photo is taken; a table scores all of them, pictures "
+    f"show the first. {CLEAR_DAY} is a clear day, any other draws its weather",
+)
+
+
+def main(given: argparse.Namespace) -> None:
     """Run every step, saying what it does and how long it took."""
-    given = read_arguments()
     out, seeds, began = report.open_folder(given.out), given.photo_seeds, time.time()
     logging.set_verbosity(logging.ERROR)
     keep_compilations()
-    config = read_config(ROOT / "configs" / "toy_city.py", "demo")
+    config, weights = load_config(CONFIG).unlock(), find_shipped(given.weights)
 
     def say(text: str) -> None:
         print(f"\n[{time.time() - began:4.0f} s] {text}", flush=True)
@@ -207,14 +202,13 @@ def main() -> None:
     say("A path around a corner, and a photo taken where it starts, another day")
     draw_path(plan, held_out, out / "path.geojson")
     poses = read_path(out / "path.geojson", city, float(config.sample.spacing_m))
-    bundle = latest_model(given.weights, dtype=loading_dtype())
-    generator = Generator(bundle, read_sampler(config.sample))
+    generator = open_generator(config, weights, cities=[city])
     rows = {}
     for seed in seeds:
         say(f"Photo {seed}: {len(poses)} frames with retrieved panoramas, and without")
         take = take_photo(plan, generator, city, poses, config, seed)
         if seed == seeds[0]:
-            show(out, take, city, poses, config)
+            show(out, take, config, identify_model(weights))
         prefix = f"photo {seed}, " if len(seeds) > 1 else ""
         rows |= {prefix + way: row for way, row in take.scores().items()}
         table = report.table(rows, "PSNR in dB", DECIMALS)
@@ -224,26 +218,25 @@ def main() -> None:
     if given.train_seconds > 0:
         say(f"Train on for {given.train_seconds:.0f} s: losses and a progress bar")
         config.data.city = str(folder)
-        config.train.init_from = str(given.weights)
+        config.train.init_from = str(weights)
         config.train.max_seconds = given.train_seconds
         train(config.lock(), out / f"training-{int(time.time())}")
 
     say("Done. Look at:")
-    for name in ("animation.webp", "side_by_side.png", "video.mp4", "map.png"):
+    for name in ("animation.webp", "side_by_side.png"):
         print(f"  {out / name}")
+    for name in ("video.mp4", "map.png"):
+        print(f"  {out / MADE / name}")
     print(NEXT)
 
 
 NEXT = """
 Next:
-  your own path    .venv/bin/python -m cityrag_jax.generate --help
-  held-out clips   .venv/bin/python -m cityrag_jax.evaluate --help
-  training         .venv/bin/python -m cityrag_jax.train --help
-  everything       README.md; make test proves it on this machine"""
+  your own path    python -m cityrag_jax.generate --help
+  held-out clips   python -m cityrag_jax.evaluate --help
+  training         python -m cityrag_jax.train --help
+  all commands     python -m cityrag_jax"""
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    COMMAND.run(main)

@@ -1,0 +1,308 @@
+"""A video on disk while it is made: clips, a file that grows, the finished folder.
+
+    clips/0003/      a clip, there once it is whole: its share of the video and of the
+                     retrieved views, its last frame without loss, what was used
+    job.json         what the video is made of; a folder takes no other
+    video.mp4        grows by a clip at a time and can be played meanwhile
+
+When all clips are there, video.mp4 and conditions.mp4 are put together from theirs,
+pictures, map and poses are drawn, generate.json is written last, and the clips go. No
+step depends on when a process was killed: the videos' bytes are those of an
+uninterrupted one. Of several processes the writer alone writes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, UInt8
+
+from cityrag_jax import report
+from cityrag_jax.data.store import City
+from cityrag_jax.data.video import (
+    JoinedVideo,
+    read_frames,
+    read_image,
+    write_image,
+    write_video,
+)
+from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.geo.path_files import format_tum
+from cityrag_jax.geo.trajectory import relative_poses
+from cityrag_jax.parallel import from_writer, is_writer, on_writer
+from cityrag_jax.rollout import Job, MadeClip
+from cityrag_jax.training.lock import WorkdirLock
+
+SIDECAR, JOB, CLIPS = "generate.json", "job.json", "clips"
+VIDEO, CONDITIONS = "video.mp4", "conditions.mp4"
+STRIP = 6  # frames of an overview
+
+
+class Recording:
+    """The folder of one video. Enter it, add the clips from `count` on, finish it.
+
+    `facts` say what the video is made of besides the job: a folder that holds clips of
+    other facts or of another job is refused with a ValueError, and so is one in which
+    another process works.
+    """
+
+    def __init__(self, out: Path | str, job: Job, facts: dict[str, Any], *, fps: float):
+        self.out, self.job, self.fps = Path(out), job, fps
+        self.identity = json.loads(json.dumps(facts | identify(job) | {"fps": fps}))
+        self._lock = WorkdirLock(self.out)
+        self._growing: JoinedVideo | None = None
+        self.count = 0
+
+    def __enter__(self) -> "Recording":
+        try:
+            on_writer(self._claim)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.count = int(from_writer(np.int32(self._count_clips())))
+        return self
+
+    def __exit__(self, *_):
+        if is_writer():
+            if self._growing is not None:
+                self._growing.close()
+            self._lock.release()
+
+    @property
+    def finished(self) -> bool:
+        """Say whether nothing is left to do."""
+        return self.count > len(self.job.spans)
+
+    def last_frame(self) -> UInt8[np.ndarray, "H W 3"] | None:
+        """Give the frame that the next clip starts from; None before the first."""
+        if not 0 < self.count <= len(self.job.spans):
+            return None
+        frame = np.zeros_like(self.job.first_frame)
+        if is_writer():
+            frame = read_image(self._clip(self.count - 1) / "last.png")
+        return from_writer(frame)
+
+    def add(self, made: MadeClip) -> None:
+        """Commit a clip; the growing video shows it from then on."""
+        if made.number != self.count:
+            raise ValueError(f"Clip {made.number} came, {self.count} is the next one.")
+        on_writer(lambda: self._commit(made))
+        self.count += 1
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Put the results together; `facts` join those of generate.json."""
+        if self.count < len(self.job.spans):
+            raise ValueError(f"{self.out} lacks clips from {self.count} on.")
+        if not self.finished:
+            on_writer(lambda: self._put_together(facts))
+            self.count = len(self.job.spans) + 1
+
+    def _clip(self, number: int) -> Path:
+        return self.out / CLIPS / f"{number:04}"
+
+    def _count_clips(self) -> int:
+        if (self.out / SIDECAR).exists():
+            return len(self.job.spans) + 1
+        numbers = range(len(self.job.spans) + 1)
+        return next(n for n in numbers if not self._clip(n).exists())
+
+    def _claim(self) -> None:
+        report.open_folder(self.out)
+        self._lock.take()
+        job, sidecar = self.out / JOB, self.out / SIDECAR
+        if sidecar.exists():
+            self._compare(read_facts(sidecar).get("job", {}))
+            self._clean()
+        elif job.exists():
+            self._compare(read_facts(job))
+        elif (self.out / VIDEO).exists():
+            raise ValueError(
+                f"{self.out} holds a {VIDEO}, but no {SIDECAR} that says what it is; "
+                "choose another --out, or delete that folder."
+            )
+        else:
+            report.write_text(job, json.dumps(self.identity, indent=1) + "\n")
+
+    def _compare(self, stored: dict[str, Any]) -> None:
+        names = sorted(stored.keys() | self.identity.keys())
+        pairs = {n: (stored.get(n), self.identity.get(n)) for n in names}
+        lines = [f"{n} is {a} there, {b} here" for n, (a, b) in pairs.items() if a != b]
+        if lines:
+            raise ValueError(
+                f"{self.out} holds another video: {'; '.join(lines)}. Choose another "
+                "--out, or delete that folder."
+            )
+
+    def _commit(self, made: MadeClip) -> None:
+        folder = self._clip(made.number)
+        temporary = folder.with_name(f".{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_video(temporary / VIDEO, made.frames, self.fps)
+        write_video(temporary / CONDITIONS, made.condition, self.fps)
+        write_image(temporary / "last.png", made.frames[-1])
+        facts = {"frames": [made.span.begin, made.span.end - 1]}
+        facts |= {"seconds": round(made.seconds, 3)}
+        facts |= describe_retrieval(self.job.city, made)
+        report.write_text(temporary / "clip.json", json.dumps(facts))
+        temporary.rename(folder)
+        self._grow(made.number)
+
+    def _grow(self, number: int) -> None:
+        behind = [number]
+        if self._growing is None:  # the first of this process: what is there comes too
+            behind = range(number + 1)
+            self._growing = self._joined(VIDEO, growing=True)
+        for n in behind:
+            self._growing.append(self._clip(n) / VIDEO)
+
+    def _joined(self, name: str, **options: bool) -> JoinedVideo:
+        metadata = describe_origin(self.job)
+        return JoinedVideo(self.out / name, self.fps, metadata, **options)
+
+    def _put_together(self, facts: dict[str, Any]) -> None:
+        numbers = range(len(self.job.spans))
+        if self._growing is not None:
+            self._growing.close()
+            self._growing = None
+        for name in (VIDEO, CONDITIONS):
+            joined = self._joined(name)
+            for number in numbers:
+                joined.append(self._clip(number) / name)
+            joined.close()
+        clips = [read_facts(self._clip(number) / "clip.json") for number in numbers]
+        write_overview(self.out)
+        write_map(self.out / "map.png", self.job)
+        poses = relative_poses(self.job.ecef_from_camera)
+        report.write_text(self.out / "poses.tum", format_tum(poses, self.fps))
+        sidecar = facts | {
+            "synthetic": True,
+            "city": self.job.city.name,
+            "frames": len(poses),
+            "size": list(self.job.first_frame.shape[:2]),
+            "fps": self.fps,
+            "ecef_from_first": self.job.ecef_from_camera[0].tolist(),
+            "sources": sources(self.job.city, all_captures(self.job)),
+            "clips": clips,
+            "job": self.identity,
+        }
+        report.write_text(self.out / SIDECAR, json.dumps(sidecar, indent=1) + "\n")
+        self._clean()
+
+    def _clean(self) -> None:
+        shutil.rmtree(self.out / CLIPS, ignore_errors=True)
+        (self.out / JOB).unlink(missing_ok=True)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read what a folder says of its video; ValueError if that is no JSON object."""
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged; delete that folder or choose another.")
+    return facts
+
+
+def identify(job: Job) -> dict[str, Any]:
+    """Say what a job's video is made of, pixels and poses by their digests."""
+    return {
+        "city": job.city.name,
+        "photo": digest(job.first_frame),
+        "path": digest(job.ecef_from_camera),
+        "captures": digest(all_captures(job)),
+        "seed": job.seed,
+        "clip": dataclasses.asdict(job.config),
+    }
+
+
+def digest(x: np.ndarray | Array) -> str:
+    """Give the SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+
+
+def all_captures(job: Job) -> np.ndarray:
+    """Give the captures of all clips, one clip behind the other."""
+    return np.concatenate([r.captures for r in job.retrievals])
+
+
+def describe_origin(job: Job) -> dict[str, str]:
+    """Give a video's metadata: that it is synthetic, and whose pictures it rests on."""
+    owners = [
+        f"{kind['attribution']} ({kind['licence']})"
+        for kind in sources(job.city, all_captures(job))
+    ]
+    told = f"Synthetic: generated by cityrag_jax from a photo and {job.city.name}."
+    return {
+        "title": "Synthetic street video",
+        "comment": told,
+        "copyright": "Panoramas: " + "; ".join(owners),
+    }
+
+
+def describe_retrieval(city: City, made: MadeClip) -> dict[str, Any]:
+    """List a clip's captures by their ids in the city, kind by kind of licence."""
+    captures = made.retrieval.captures.tolist()
+    kinds = sources(city, captures)
+    ids = [[c for c in captures if kind_of(city, c) == kind] for kind in kinds]
+    return {
+        "drive": made.retrieval.drive,
+        "mean_distance_m": round(made.retrieval.mean_distance_m, 3),
+        "captures": [k | {"ids": i} for k, i in zip(kinds, ids, strict=True)],
+    }
+
+
+def sources(city: City, captures: Sequence[int] | np.ndarray) -> list[dict]:
+    """List licence, attribution and anonymisation of captures, each kind once."""
+    each = np.unique(captures).tolist()
+    kinds = {tuple(kind_of(city, capture).items()) for capture in each}
+    return [dict(kind) for kind in sorted(kinds)]
+
+
+def kind_of(city: City, capture: int) -> dict[str, Any]:
+    """Give licence, attribution and anonymisation of one capture."""
+    columns, header = city.captures, city.header
+    return {
+        "licence": header.licences[int(columns.licence[capture])],
+        "attribution": header.attributions[int(columns.attribution[capture])],
+        "anonymised": bool(columns.anonymised[capture]),
+    }
+
+
+def pick_frames(path: Path, count: int) -> UInt8[np.ndarray, "n H W 3"]:
+    """Read `count` evenly spaced frames of a video, first and last among them."""
+    total = sum(1 for _ in read_frames(path))
+    chosen = np.linspace(0, total - 1, count).round().astype(int)
+    wanted = set(chosen.tolist())
+    kept = {i: x for i, x in enumerate(read_frames(path)) if i in wanted}
+    return np.stack([kept[i] for i in chosen.tolist()])
+
+
+def write_overview(out: Path) -> None:
+    """Draw frames of the retrieved views and of the video under each other."""
+    named = {"retrieved": CONDITIONS, "generated": VIDEO}
+    rows = {name: pick_frames(out / file, STRIP) for name, file in named.items()}
+    write_image(out / "overview.png", report.side_by_side(rows, count=STRIP))
+
+
+def write_map(path: Path, job: Job) -> None:
+    """Draw the city's drives, the path and what was retrieved along it."""
+    positions = job.city.captures.ecef_from_camera[:, :3, 3]
+    route = job.ecef_from_camera[:, :3, 3]
+    axes = ecef_from_enu(*job.city.header.anchor)[:3, :3]
+
+    def east_north(places: np.ndarray) -> np.ndarray:
+        return ((places - route[0]) @ axes)[:, :2]
+
+    edges = job.city.index.drive_edges
+    drives = [
+        east_north(positions[a:b]) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    captures = east_north(positions[all_captures(job)])
+    report.draw_map(path, drives, east_north(route), captures)

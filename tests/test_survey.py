@@ -1,0 +1,117 @@
+"""The survey: a city and a path looked at through the door, without weights."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import synthetic_city as synthetic
+
+from cityrag_jax import survey
+from cityrag_jax.data import inventory
+from cityrag_jax.data.pairs import PairConfig, mine_pairs, save_pairs
+from cityrag_jax.data.video import read_image, read_video
+from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
+from cityrag_jax.geo.trajectory import yaw_rotation
+
+VIEWS = ["--height=32", "--width=64", "--spacing-m=1"]
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    """Two streets that cross: 0 and 1 go north, 2 goes east."""
+    drives = [
+        synthetic.line([0, -40, 2], 0, 160),
+        synthetic.line([1.5, -40, 2], 0, 160),
+        synthetic.line([-40, 0, 2], 90, 160),
+    ]
+    folder = tmp_path_factory.mktemp("survey") / "city"
+    city = synthetic.build(folder, drives, height=64)
+    config = PairConfig(num_frames=9, min_condition=5)
+    save_pairs(folder, mine_pairs(city.captures, city.name, config))
+    return city
+
+
+def write_path(path, corners_m):
+    """Write a CSV through places given in metres east and north."""
+    enu = np.array([(*c, 2.0, 1.0) for c in corners_m])
+    places = enu @ ecef_from_enu(*synthetic.ANCHOR).T
+    latitude, longitude, _ = geodetic_from_ecef(places[:, :3])
+    rows = zip(latitude, longitude, strict=True)
+    path.write_text("".join(f"{a:.9f},{b:.9f}\n" for a, b in rows))
+    return path
+
+
+def run(*words) -> None:
+    given = survey.COMMAND.parse([str(w) for w in words])
+    survey.main(given)
+
+
+def test_a_turn_is_surveyed_from_the_command_line(city, tmp_path, capsys):
+    path = write_path(tmp_path / "walk.csv", [(0.2, -30), (0.2, 0), (30, 0)])
+    out = tmp_path / "out"
+    run(f"--city={city.folder}", f"--path={path}", f"--out={out}", *VIEWS)
+    said = capsys.readouterr().out
+    assert "3 drives" in said and "drives 0 -> 2 (1 jumps)" in said
+    facts = json.loads((out / "path.json").read_text())
+    assert facts["drives"] == [0, 2] and facts["gaps_m"] == []
+    assert facts["share_within"]["5_m"] == 1.0
+    assert facts["views"] == facts["poses"] == pytest.approx(59, abs=3)
+    assert facts["captured"] == ["2023-11-14", "2023-11-16"]
+    frames, fps = read_video(out / "conditions.mp4")
+    assert frames.shape == (facts["views"], 32, 64, 3) and fps == 10
+    # A pixel of this city shows its direction: red is east, green is north.
+    east, north = frames[-1, 14:18, 30:34, :2].mean((0, 1))
+    assert east > 230 and abs(north - 127.5) < 12
+    for name in ("city.png", "path.png", "contacts.jpg"):
+        assert read_image(out / name).std() > 5
+
+
+def test_figures_of_a_city(city):
+    facts = inventory.count_city(city, None)
+    assert facts["captures"] == 480 and facts["gaps"] == 0
+    assert facts["spacing_m"]["median"] == 0.5
+    assert facts["kilometres"] == pytest.approx(3 * 0.0795, abs=1e-3)
+    # The streets that run beside each other are two thirds, and a bit of the third.
+    assert facts["seen_twice_share"] == pytest.approx(2 / 3 + 0.05, abs=0.05)
+    assert [d["mount_deg"] for d in facts["by_drive"]] == [0.0, 0.0, 0.0]
+    assert facts["sources"] == [
+        {
+            "licence": "CC0-1.0",
+            "attribution": "nobody",
+            "anonymised": True,
+            "captures": 480,
+        }
+    ]
+    doubts = " ".join(inventory.find_doubts(facts))
+    assert "one neighbourhood" in doubts and "not anonymised" not in doubts
+
+
+def test_a_camera_mounted_sideways_is_said(city):
+    poses = city.captures.ecef_from_camera[:160] @ yaw_rotation(np.array(np.pi / 2))
+    assert inventory.mount_offset(poses) == 90.0
+    assert inventory.mount_offset(poses[:1]) is None
+    facts = inventory.count_city(city, None)
+    facts["by_drive"][1]["mount_deg"] = 90.0
+    assert "drive 1): was the camera mounted so" in inventory.find_doubts(facts)[0]
+
+
+def test_captures_that_show_people_are_said(city, tmp_path, capsys):
+    columns = city.captures
+    plain = dataclasses.replace(columns, anonymised=columns.drive != 1)
+    city.captures = plain
+    try:
+        path = write_path(tmp_path / "walk.csv", [(1.5, -30), (1.5, 30)])
+        poses = survey.read_path(path, city, 1.0)
+        config = survey.ClipConfig(height=32, width=64)
+        facts = survey.survey_path(city, poses, config, tmp_path)
+    finally:
+        city.captures = columns
+    assert facts["not_anonymised"] > 50
+    assert "not masked" in survey.describe_path(facts)
+
+
+def test_a_path_elsewhere_is_refused_with_its_distance(city, tmp_path):
+    path = write_path(tmp_path / "walk.csv", [(100, 30), (100, 90)])
+    with pytest.raises(ValueError, match="no capture within 15.0 m of the path"):
+        run(f"--city={city.folder}", f"--path={path}", f"--out={tmp_path}", *VIEWS)
