@@ -25,8 +25,8 @@ class Clip:
     OpenCV camera frames in metres relative to frame 0, one for each frame wanted;
     `frames` holds them all in training and frame 0 alone in generation (T = 1).
     `condition` is padded to a static length by repeating its last frame;
-    `condition_length` counts the real ones. `clip_id` seeds noise, so that a clip
-    draws the same noise on every mesh.
+    `condition_length` counts the real ones, 0 where nothing was captured. `clip_id`
+    seeds noise, so that a clip draws the same noise on every mesh.
     """
 
     frames: UInt8[np.ndarray, "*B T H W 3"]

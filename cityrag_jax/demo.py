@@ -35,6 +35,7 @@ from cityrag_jax.evaluate import DECIMALS, FULL, POSE_ALONE, RECOLOURED, score
 from cityrag_jax.generate import fit_photo, read_path
 from cityrag_jax.generator import Generator, open_generator
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
+from cityrag_jax.geo.grounding import Retrieval
 from cityrag_jax.metrics.image import recolour_condition
 from cityrag_jax.parallel import keep_compilations
 from cityrag_jax.recording import Recording
@@ -135,8 +136,8 @@ def take_photo(
     truth = film(plan, seed, poses, *view.tolist(), clips.fov_deg)
 
     frame = fit_photo(photo[0], *view.tolist())
-    radius_m = float(config.sample.radius_m)
-    job = plan_job(city, frame, poses, clips, radius_m=radius_m)
+    retrieval = Retrieval(radius_m=config.sample.radius_m)
+    job = plan_job(city, frame, poses, clips, retrieval=retrieval)
 
     def without_geo(clip: Clip, seed: int):
         return generator.sample(drop(generator.encode(clip), "geo"), clip, seed)

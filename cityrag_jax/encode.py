@@ -202,6 +202,7 @@ def encode_clips(
 def _conditions(vae, clip, text, clip_vision, geo_latents):
     batch, num_frames = clip.first_from_camera.shape[:2]
     images = clip.frames[:, 0]
+    length = jnp.asarray(clip.condition_length)
 
     def condition(images):
         return first_frames_conditioning(vae, to_unit(images), num_frames)
@@ -214,8 +215,9 @@ def _conditions(vae, clip, text, clip_vision, geo_latents):
         image=clip_vision and spread_rows(features, images)[0],
         first_frame=spread_rows(condition, images)[0],
         geo_latents=geo_latents,
-        geo_length=1 + (jnp.asarray(clip.condition_length) - 1) // TIME_STRIDE,
-        keep_geo=jnp.ones(batch),
+        # A length of 0 says that there is none; it must not reach the kernel.
+        geo_length=1 + jnp.maximum(length - 1, 0) // TIME_STRIDE,
+        keep_geo=(length > 0).astype(jnp.float32),
         poses=jnp.asarray(clip.first_from_camera),
         keep_pose=jnp.ones(batch),
     )

@@ -5,8 +5,8 @@
         [--config.sample.key=value ...] [--seed=0] [--without=geo] [--text=text.npy]
         [--mesh=sequence:4]
 
-The photo stands at the path's first place and looks along it. The path is a GeoJSON
-LineString or a CSV of latitude, longitude and, if known, height of the camera. The
+The photo stands at the path's first place and looks along it. The path is a
+GeoJSON, GPX or KML line, or a CSV of latitude, longitude and, if known, height. The
 video is made in clips, and video.mp4 in OUT grows with each. Killed at any moment, the
 same command goes on behind the last whole clip; SIGTERM parks there (exit code 143). In
 the end OUT holds video.mp4, conditions.mp4 (the retrieved views), poses.tum (those
@@ -42,6 +42,7 @@ from cityrag_jax.generator import (
     open_mesh,
     with_mesh,
 )
+from cityrag_jax.geo.grounding import GAPS, WAYS, Retrieval
 from cityrag_jax.parallel import (
     DISTRIBUTED,
     any_process,
@@ -92,7 +93,7 @@ class Request:
     """A video that is wanted: of what photo, along which poses, by what model.
 
     `without` leaves out "pose" or "geo"; `text` holds the rows of a prompt in the place
-    of the checkpoint's.
+    of the checkpoint's; `way` and `gaps` are those of `geo.grounding.Retrieval`.
     """
 
     config: ConfigDict
@@ -103,6 +104,8 @@ class Request:
     seed: int = 0
     without: tuple[str, ...] = ()
     text: Float32[np.ndarray, "S E"] | None = None
+    way: str = WAYS[0]
+    gaps: str = GAPS[0]
 
     def plan(self) -> Job:
         """Find what every clip will be conditioned on; no model is read."""
@@ -114,7 +117,7 @@ class Request:
             self.ecef_from_camera,
             clips,
             seed=self.seed,
-            radius_m=float(self.config.sample.radius_m),
+            retrieval=Retrieval(self.way, self.gaps, self.config.sample.radius_m),
         )
 
     def open(self) -> Generator:
@@ -216,21 +219,28 @@ def read_request(given: argparse.Namespace) -> Request:
         seed=given.seed,
         without=tuple(name for name in given.without.split(",") if name),
         text=None if given.text is None else read_text(given.text),
+        way=given.retrieval,
+        gaps=given.gaps,
     )
 
+
+RETRIEVAL = "captures for each pose, or as their drive went, with its stops"
+GAPS_HELP = "where nothing was captured along the path"
 
 COMMAND = Command(__doc__)
 COMMAND.needs_config()
 COMMAND.needs("--checkpoint", help="model folder or training workdir")
 COMMAND.needs("--city", help="city folder, as tools/build_city.py writes it")
 COMMAND.needs("--image", help="photo at the path's first place, JPEG or PNG")
-COMMAND.needs("--path", help="GeoJSON LineString or CSV of lat,lon[,height]")
+COMMAND.needs("--path", help="line as .geojson, .gpx, .kml or .csv of lat,lon")
 COMMAND.needs("--out", help="folder to write to")
 COMMAND.takes(
     "--seed", type=int, default=0, help="of the noise; equal seeds, equal bytes"
 )
 COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo")
 COMMAND.takes("--text", help="another prompt's rows, by tools/encode_prompt.py")
+COMMAND.takes("--retrieval", choices=WAYS, default=WAYS[0], help=RETRIEVAL)
+COMMAND.takes("--gaps", choices=GAPS, default=GAPS[0], help=GAPS_HELP)
 COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.switch("--distributed", DISTRIBUTED)
 COMMAND.switch("--trust", TRUST)
@@ -245,7 +255,7 @@ def main(given: argparse.Namespace) -> int:
     trust(given.trust)
     report.open_folder(given.out)
     request = read_request(given)
-    named = ("image", "path", "checkpoint", "text", "seed")
+    named = ("image", "path", "checkpoint", "text", "seed", "retrieval", "gaps")
     facts = {name: getattr(given, name) for name in named}
     facts |= {"without": list(request.without), "jax": jax.__version__}
     facts["config"] = json.loads(request.config.to_json())

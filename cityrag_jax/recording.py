@@ -148,7 +148,7 @@ class Recording:
         write_image(temporary / "last.png", made.frames[-1])
         facts = {"frames": [made.span.begin, made.span.end - 1]}
         facts |= {"seconds": round(made.seconds, 3)}
-        facts |= describe_retrieval(self.job.city, made)
+        facts |= describe_views(self.job.city, made)
         report.write_text(temporary / "clip.json", json.dumps(facts))
         temporary.rename(folder)
         self._grow(made.number)
@@ -217,6 +217,7 @@ def identify(job: Job) -> dict[str, Any]:
         "photo": digest(job.first_frame),
         "path": digest(job.ecef_from_camera),
         "captures": digest(all_captures(job)),
+        "facing": digest(np.concatenate([v.heading_rad for v in job.views])),
         "seed": job.seed,
         "clip": dataclasses.asdict(job.config),
     }
@@ -229,7 +230,7 @@ def digest(x: np.ndarray | Array) -> str:
 
 def all_captures(job: Job) -> np.ndarray:
     """Give the captures of all clips, one clip behind the other."""
-    return np.concatenate([r.captures for r in job.retrievals])
+    return np.concatenate([views.captures for views in job.views])
 
 
 def describe_origin(job: Job) -> dict[str, str]:
@@ -246,14 +247,16 @@ def describe_origin(job: Job) -> dict[str, str]:
     }
 
 
-def describe_retrieval(city: City, made: MadeClip) -> dict[str, Any]:
+def describe_views(city: City, made: MadeClip) -> dict[str, Any]:
     """List a clip's captures by their ids in the city, kind by kind of licence."""
-    captures = made.retrieval.captures.tolist()
+    captures, drives = made.views.captures.tolist(), city.captures.drive
     kinds = sources(city, captures)
     ids = [[c for c in captures if kind_of(city, c) == kind] for kind in kinds]
     return {
-        "drive": made.retrieval.drive,
-        "mean_distance_m": round(made.retrieval.mean_distance_m, 3),
+        "drives": list(dict.fromkeys(drives[captures].tolist())),
+        "mean_distance_m": round(float(made.views.distance_m.mean()), 3)
+        if captures
+        else None,
         "captures": [k | {"ids": i} for k, i in zip(kinds, ids, strict=True)],
     }
 

@@ -20,7 +20,7 @@ from jaxtyping import Float64, UInt8
 from cityrag_jax.batch import Clip
 from cityrag_jax.data.clips import ClipConfig, path_clip, stack_clips
 from cityrag_jax.data.store import City
-from cityrag_jax.geo.retrieval import Retrieval, follow_drive
+from cityrag_jax.geo.grounding import GapError, Retrieval, Views, ground_clips
 
 # A `Generator`, or anything called like one: clips and a seed in, videos out.
 Generate = Callable[[Clip, int], UInt8[np.ndarray, "B T H W 3"]]
@@ -47,14 +47,14 @@ class Job:
     ecef_from_camera: Float64[np.ndarray, "N 4 4"]
     config: ClipConfig
     spans: tuple[Span, ...]
-    retrievals: tuple[Retrieval, ...]
+    views: tuple[Views, ...]
     seed: int = 0
 
     def clip(self, number: int, frame: UInt8[np.ndarray, "H W 3"]) -> Clip:
         """Make what is given of a clip that starts with `frame`."""
         poses = clip_poses(self.ecef_from_camera, self.spans[number], self.config)
-        captures = self.retrievals[number].captures
-        return path_clip(self.city, frame, poses, captures, self.config, number)
+        views = self.views[number]
+        return path_clip(self.city, frame, poses, views, self.config, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MadeClip:
     span: Span
     frames: UInt8[np.ndarray, "T H W 3"]
     condition: UInt8[np.ndarray, "F H W 3"]
-    retrieval: Retrieval
+    views: Views
     seconds: float
 
 
@@ -99,23 +99,22 @@ def plan_job(
     config: ClipConfig,
     *,
     seed: int = 0,
-    **limits,
+    retrieval: Retrieval | None = None,
 ) -> Job:
-    """Split a path into clips and find the captures of each.
+    """Split a path into clips and find what shows each.
 
-    `limits` are those of `geo.retrieval.follow_drive`. Raises ValueError naming the
-    clip for which the city holds nothing.
+    Raises ValueError naming the clip for which the city holds nothing.
     """
-    parts, found = spans(len(ecef_from_camera), config.num_frames), []
-    for number, span in enumerate(parts):
-        try:
-            poses = clip_poses(ecef_from_camera, span, config)
-            longest = config.condition_frames[1]
-            found.append(follow_drive(city.index, poses, longest, **limits))
-        except ValueError as error:
-            where = describe_clip(number, span)
-            raise ValueError(f"{city.folder}, {where}: {error}") from error
-    return Job(city, first_frame, ecef_from_camera, config, parts, tuple(found), seed)
+    parts = spans(len(ecef_from_camera), config.num_frames)
+    firsts, longest = [span.first for span in parts], config.condition_frames[1]
+    retrieval = retrieval or Retrieval()
+    try:
+        views = ground_clips(city.index, ecef_from_camera, firsts, longest, retrieval)
+    except GapError as error:
+        number = sum(span.end <= error.pose for span in parts)
+        where = describe_clip(number, parts[number])
+        raise ValueError(f"{city.folder}, {where}: {error}") from error
+    return Job(city, first_frame, ecef_from_camera, config, parts, views, seed)
 
 
 def describe_clip(number: int, span: Span) -> str:
@@ -154,8 +153,8 @@ def rollout(
             number,
             span,
             frames,
-            clip.condition[: clip.condition_length],
-            job.retrievals[number],
+            clip.condition[: max(1, clip.condition_length)],
+            job.views[number],
             time.monotonic() - began,
         )
         frame = frames[-1]

@@ -84,12 +84,12 @@ def path_facts(
     """Say how much of a path is captured, how near, by which drives and when."""
     columns, step_m = city.captures, match.step_m
     distance_m = np.nan_to_num(match.distance_m, nan=np.inf)
-    drives = columns.drive[views.capture]
+    drives = columns.drive[views.captures]
     changes = np.flatnonzero(np.diff(drives)) + 1
     used = drives[np.concatenate([[0], changes])]
-    days = columns.time_s[views.capture] / 86400
+    days = columns.time_s[views.captures] / 86400
     newest = columns.time_s.max() / 86400
-    sources = inventory.count_sources(city, np.unique(views.capture))
+    sources = inventory.count_sources(city, np.unique(views.captures))
     return {
         "metres": round((len(match.run) - 1) * step_m, 1),
         "poses": len(ecef_from_camera),
@@ -105,7 +105,7 @@ def path_facts(
         "captured": sorted({_day(day) for day in days.tolist()}),
         "days_older_than_the_newest": round(float(newest - days.min())),
         "sources": sources,
-        "not_anonymised": int(np.sum(~columns.anonymised[np.unique(views.capture)])),
+        "not_anonymised": int(np.sum(~columns.anonymised[np.unique(views.captures)])),
     }
 
 
@@ -164,7 +164,7 @@ def _contacts(city: City, views: Views, frames) -> UInt8[np.ndarray, "_ _ 3"]:
     chosen = np.linspace(0, len(views) - 1, min(CONTACTS, len(views))).round()
     pictures = []
     for k in np.unique(chosen.astype(int)).tolist():
-        frame, capture = frames[k], int(views.capture[k])
+        frame, capture = frames[k], int(views.captures[k])
         size = (CONTACT_WIDTH, round(CONTACT_WIDTH * frame.shape[0] / frame.shape[1]))
         small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
         text = f"pose {views.frame[k]:.0f}  drive {city.captures.drive[capture]}  "
@@ -175,12 +175,12 @@ def _contacts(city: City, views: Views, frames) -> UInt8[np.ndarray, "_ _ 3"]:
 
 def _draw_path(city: City, ecef_from_camera, views: Views, path: Path) -> None:
     route_m = inventory.east_north(city, ecef_from_camera[:, :3, 3])
-    places_m = inventory.east_north(city, city.index.position_m[views.capture])
-    drives = city.captures.drive[views.capture]
+    places_m = inventory.east_north(city, city.index.position_m[views.captures])
+    drives = city.captures.drive[views.captures]
     _, first = np.unique(drives, return_index=True)
     shown = {}
     for k in np.sort(first).tolist():
-        name = f"drive {drives[k]}, {_day_of(city, int(views.capture[k]))}"
+        name = f"drive {drives[k]}, {_day_of(city, int(views.captures[k]))}"
         shown[name] = places_m[drives == drives[k]]
     report.draw_route(path, _drives(city), route_m, shown)
 

@@ -4,9 +4,21 @@
         --config.train.init_from=CONVERTED --config.data.city=DIR --workdir=DIR
 
 73 frames of 832x480, Muon at a fixed 1e-5 with warm-up, 20,000 updates; the paper used
-32 A100. The mesh is meant for 64 devices: 8 ways to share a clip's tokens, the rest
-splits the batch, all of them split parameters. Not trained by us yet. CONVERTED is a
-folder made by tools/convert_wan.py; its CLIP tower sees the first image.
+32 A100. Not trained by us yet. CONVERTED is a folder made by tools/convert_wan.py; its
+CLIP tower sees the first image. Behind the file's name stands what it is laid out for:
+
+    :gpu8       8 cards of 80 GB       62 GiB a card by formula     395 h on H100
+    :gpu32      32 cards of 80 GB      66 GiB a card by formula     313 h on A100
+    :h200x4     4 H200                 92 GiB a card by formula     790 h
+    :v5p-128    64 chips, 4x4x4        50 GiB a chip, compiled      106 h
+    :v6e-256    256 chips, 16x16       13 GiB a chip by formula     15 h
+    :tpu7x-128  64 chips, 4x4x4        22 GiB a half by formula     21 h
+    :one_gpu    1 H200, branches alone, one clip an update
+                                       117 GiB by formula           99 h
+
+Hours are planned, not measured: twice the roofline (cityrag_jax/plan/README.md, by
+tools/plan_pod.py). GPUs want XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. Without a variant the
+mesh is one for 64 devices: 8 share a clip's tokens, the rest splits the batch.
 
 Text cross-attention is frozen as the paper says; its image twin and the embedders of
 text and image too (*assumed*). Batch and warm-up are *assumed*.

@@ -15,6 +15,7 @@ from cityrag_jax.data import clips, loader
 from cityrag_jax.data.build import build_toy_city, toy_config
 from cityrag_jax.data.pairs import PairConfig, load_pairs, mine_pairs
 from cityrag_jax.data.store import City
+from cityrag_jax.geo.grounding import Views
 from cityrag_jax.geo.panorama import crop_panorama
 from cityrag_jax.geo.trajectory import headings, yaw_rotation
 
@@ -150,25 +151,17 @@ def test_generation_makes_the_condition_that_training_makes(source):
     city, pairs = source
     plan = clips.plan_clip(city, pairs, 2, CONFIG, np.random.default_rng(2))
     trained = clips.make_clip(city, plan, CONFIG)
-    made = clips.path_clip(
-        city,
-        trained.frames[0],
-        plan.ecef_from_camera,
-        plan.condition_captures,
-        CONFIG,
-        7,
-    )
+    captures = plan.condition_captures
+    facing = headings(city.captures.ecef_from_camera[captures])
+    nothing = np.zeros(len(captures))
+    views = Views(captures, plan.condition_yaw_rad + facing, nothing, nothing)
+    path = plan.ecef_from_camera
+    made = clips.path_clip(city, trained.frames[0], path, views, CONFIG, 7)
     assert made.frames.shape == (1, 32, 48, 3) and int(made.clip_id) == 7
     for name in ("first_from_camera", "condition", "condition_length"):
         np.testing.assert_array_equal(getattr(made, name), getattr(trained, name))
     with pytest.raises(ValueError, match="resize it"):
-        clips.path_clip(
-            city,
-            np.zeros((8, 8, 3), np.uint8),
-            plan.ecef_from_camera,
-            plan.condition_captures,
-            CONFIG,
-        )
+        clips.path_clip(city, np.zeros((8, 8, 3), np.uint8), path, views, CONFIG)
 
 
 def test_training_resumes_exactly_from_a_step_alone(source):

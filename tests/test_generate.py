@@ -82,11 +82,14 @@ def test_a_drawn_path_becomes_poses_at_camera_height(city, tmp_path, kind):
 
 
 def test_paths_that_cannot_be_read_are_named(city, tmp_path):
-    with pytest.raises(ValueError, match="no.csv does not exist; give a GeoJSON"):
+    with pytest.raises(ValueError, match="no.csv does not exist; give a path as .geo"):
         read_path(tmp_path / "no.csv", city, 0.75)
-    (tmp_path / "path.kml").write_text("<kml/>")
-    with pytest.raises(ValueError, match="not from .kml"):
-        read_path(tmp_path / "path.kml", city, 0.75)
+    (tmp_path / "path.shp").write_text("<kml/>")
+    with pytest.raises(ValueError, match="not from .shp"):
+        read_path(tmp_path / "path.shp", city, 0.75)
+    (tmp_path / "latin.csv").write_bytes("straße\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.csv is not text.*save it as UTF-8"):
+        read_path(tmp_path / "latin.csv", city, 0.75)
     (tmp_path / "swapped.csv").write_text("11.5,148.1\n148.2,11.5\n")
     with pytest.raises(ValueError, match="point 2 has latitude 148.2"):
         read_path(tmp_path / "swapped.csv", city, 0.75)

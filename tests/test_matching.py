@@ -11,7 +11,7 @@ import pytest
 from scipy.ndimage import gaussian_filter1d
 
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
-from cityrag_jax.geo.grounding import check_gaps, clip_views, ground_path
+from cityrag_jax.geo.grounding import Retrieval, check_gaps, clip_views, ground_path
 from cityrag_jax.geo.matching import Costs, fill_heights, match_path
 from cityrag_jax.geo.retrieval import index_captures
 from cityrag_jax.geo.trajectory import headings, level_poses, poses_along, resample_path
@@ -131,10 +131,10 @@ def test_a_drive_against_the_path_serves_and_faces_with_it(drive):
     match = match_path(index, path)
     assert match.backward.all() and match.gaps() == []
     views = assert_follows(index, path, match, drive)
-    assert np.all(np.diff(views.capture) <= 0)
+    assert np.all(np.diff(views.captures) <= 0)
     np.testing.assert_allclose(views.heading_rad, headings(path), atol=1e-9)
     driven = ground_path(index, path, match, "as-driven")
-    assert np.all(np.diff(driven.capture) == -1)
+    assert np.all(np.diff(driven.captures) == -1)
 
 
 def test_with_the_drive_is_preferred_to_against_it(drive):
@@ -160,7 +160,7 @@ def test_a_loop_comes_round_to_its_start(drive):
     match = match_path(index, path)
     assert match.gaps() == [] and match.jumps <= 1
     views = assert_follows(index, path, match, drive)
-    moved = index.position_m[views.capture[0]] - index.position_m[views.capture[-1]]
+    moved = index.position_m[views.captures[0]] - index.position_m[views.captures[-1]]
     assert np.linalg.norm(moved) > 20  # the path ends 40 m up its first street
 
 
@@ -171,13 +171,13 @@ def test_a_standing_drive_stands_as_driven_and_moves_by_distance(drive):
     match = match_path(index, path)
     assert match.jumps == 0 and match.gaps() == []
     even = clip_views(ground_path(index, path, match), 0, 81)
-    moved_m = np.diff(index.position_m[even.capture], axis=0)
-    longest_m = np.linalg.norm(index.position_m[even.capture[-1]] - path[80, :3, 3])
+    moved_m = np.diff(index.position_m[even.captures], axis=0)
+    longest_m = np.linalg.norm(index.position_m[even.captures[-1]] - path[80, :3, 3])
     assert longest_m < 1 + drive.spacing_m + 2.5 * drive.error_m
     assert np.linalg.norm(moved_m, axis=1).max() < 1 + 2 * drive.spacing_m
-    driven = clip_views(ground_path(index, path, match, "as-driven"), 0, 81)
-    assert np.all(np.diff(driven.capture) == 1) and len(driven) == 81
-    standing = np.diff(index.position_m[driven.capture], axis=0)
+    driven = ground_path(index, path, match, "as-driven")[:81]
+    assert np.all(np.diff(driven.captures) == 1) and len(driven) == 81
+    standing = np.diff(index.position_m[driven.captures], axis=0)
     standing = np.linalg.norm(standing, axis=1) < 0.5 * drive.spacing_m
     assert standing.sum() > 30
 
@@ -190,9 +190,9 @@ def test_a_gap_is_found_and_said(drive):
     reach = Costs().radius_m
     slack = 1.5 + drive.spacing_m + 2.5 * drive.error_m
     assert abs(first - (50 + reach)) < slack and abs(behind - (110 - reach)) < slack
-    with pytest.raises(ValueError, match=r"No capture lies near the path from [67]\d"):
-        check_gaps(match, 10.0)
-    check_gaps(match, 60.0)
+    with pytest.raises(ValueError, match=r"nothing was captured along [67]\d to"):
+        check_gaps(index, path, match, len(path) - 1)
+    check_gaps(index, path, match, 120)  # of the first 60 m nothing is missing
     views = ground_path(index, path, match)
     assert np.isin(views.frame, np.arange(len(path))).all() and len(views) < len(path)
 
@@ -250,7 +250,7 @@ def test_looking_around_shows_one_place_from_all_sides(drive):
     turn = np.linspace(0, 2 * np.pi, 81)
     path = ANCHOR @ level_poses(np.tile([0.5, 20.0, 2.0], (81, 1)), turn)
     views = ground_path(index, path, match_path(index, path))
-    assert len(np.unique(views.capture)) == 1 and len(views) == 81
+    assert len(np.unique(views.captures)) == 1 and len(views) == 81
     # North turns by 6e-8 over the 20 m from the anchor.
     np.testing.assert_allclose(views.heading_rad, turn, atol=1e-6)
 
@@ -295,7 +295,7 @@ def test_a_drive_reversed_covers_the_same(drive):
 
 
 def test_an_unknown_way_is_refused():
-    _, index = Recording(0.5, 0.0).city(Recording(0.5, 0.0)((0, 0), (0, 50)))
-    path = walk((0, 0), (0, 40))
     with pytest.raises(ValueError, match="by-distance, as-driven"):
-        ground_path(index, path, match_path(index, path), "by-magic")
+        Retrieval("by-magic")
+    with pytest.raises(ValueError, match="refuse, without-geo"):
+        Retrieval(gaps="ignore")

@@ -108,10 +108,18 @@ collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
   ROOT %less = pred[] compare(%i, %eight), direction=LT
 }
 
+%all-reduce-scatter.1 (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={2}
+}
+
 ENTRY %main (x: f32[4]) -> bf16[64] {
   %x = f32[4]{0} parameter(0)
   %t = (u32[], f32[4]{0}) tuple(%zero, %x)
   %w = (u32[], f32[4]{0}) while(%t), condition=%condition, body=%body
+  %alone = f32[4]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
+  %s = f32[2]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
   %g = bf16[64]{0} all-gather(%a), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
   ROOT %h = bf16[64]{0} all-gather(%b), replica_groups=mesh['a'=2,'b'=4] {'a'}
 }
@@ -119,13 +127,18 @@ ENTRY %main (x: f32[4]) -> bf16[64] {
 
 
 def test_programs_for_tpus_are_read_as_they_are_written():
-    """Loops that count by two, sends that begin and end, groups in three spellings."""
+    """Loops that count by two, sends that begin and end, groups in three spellings.
+
+    And sums onto shards; groups of one send nothing.
+    """
     found = collectives(PROGRAM)
     assert [(one.kind, one.times, one.bytes) for one in found] == [
         ("all-gather", 1, 128),
         ("all-gather", 1, 128),
         ("collective-permute", 4, 16),
+        ("all-reduce-scatter", 1, 32),
     ]
+    assert found[3].sent(8) == 32 * 3 / 4  # a group of four
     assert found[0].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert found[1].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
     assert found[2].groups == ((0, 1), (1, 0))
@@ -161,7 +174,7 @@ def planned():
 def test_the_14bs_memory_is_that_of_its_shards(planned):
     """14.35 G trained and 6.35 G frozen parameters over eight devices."""
     config, mesh, program = planned
-    memory = memory_by_formula(config, program, dict(mesh.shape))
+    memory = memory_by_formula(config, program, dict(mesh.shape), CHIPS["h100"])
     assert memory["trained parameters"] == pytest.approx(4 * 14.35e9 / 8, rel=5e-3)
     assert memory["frozen parameters"] == pytest.approx(2 * 6.35e9 / 8, rel=5e-3)
     held = shard_bytes(program.arguments)
@@ -170,6 +183,10 @@ def test_the_14bs_memory_is_that_of_its_shards(planned):
     # with a float32 sum a head, of 40 blocks.
     tokens = 40 * 4 * 29_640
     assert memory["saved for the backward pass"] == tokens * (8 * 5120 + 2 * 4 * 40)
+    # Splash alone keeps 32 times a kernel's result for its backward pass.
+    on_tpu = memory_by_formula(config, program, dict(mesh.shape), CHIPS["v5p"])
+    more = on_tpu["peak"] - memory["peak"]
+    assert more == pytest.approx(32 * 4 * 29_640 * 5120 * 2)
 
 
 def test_the_14bs_operations_are_those_of_its_forward(planned):
@@ -295,11 +312,10 @@ def test_every_variant_fits_its_machine_by_formula(variant):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @needs_libtpu
-def test_a_small_training_is_planned_by_the_compiler():
-    """Two of the 14B's blocks on eight chips: the formula is near the compiler."""
+def test_the_14b_is_planned_by_the_compiler_for_eight_chips():
+    """Whole: its blocks are a loop. The formula is 20 % below on 64 chips."""
     status, text = plan(
         "--config=configs/cityrag_14b.py",
-        "--config.model.transformer.num_layers=2",
         "--config.train.batch_size=2",
         "--config.train.mesh.fsdp=2",
         "--config.train.mesh.sequence=4",
@@ -308,4 +324,4 @@ def test_a_small_training_is_planned_by_the_compiler():
     assert status == 0 and "It fits, by the compiler" in text
     assert "all-to-all over sequence" in text and "by the compiled program" in text
     (error,) = re.findall(r"([+-]\d+) %  what the formula is off", text)
-    assert abs(int(error)) < 50
+    assert -35 < int(error) < 15

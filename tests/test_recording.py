@@ -64,7 +64,7 @@ def test_all_files_are_written_and_say_what_was_used(city, job, whole):
     assert names == pictures | videos | {"poses.tum", "generate.json"}
     frames, fps = read_video(whole / "video.mp4")
     assert (frames.shape, fps) == ((14, 32, 48, 3), 10.0)
-    captures = np.concatenate([r.captures for r in job.retrievals])
+    captures = np.concatenate([views.captures for views in job.views])
     assert len(read_video(whole / "conditions.mp4")[0]) == len(captures)
     assert all(read_image(whole / name).size for name in pictures)
     sidecar = json.loads((whole / "generate.json").read_text())
@@ -73,9 +73,9 @@ def test_all_files_are_written_and_say_what_was_used(city, job, whole):
     assert sidecar["job"]["weights"] == "abc"
     shown = [clip["frames"] for clip in sidecar["clips"]]
     assert shown == [[0, 4], [5, 8], [9, 9], [10, 13]]
-    for clip, retrieval in zip(sidecar["clips"], job.retrievals, strict=True):
+    for clip, views in zip(sidecar["clips"], job.views, strict=True):
         (kind,) = clip["captures"]
-        assert kind["ids"] == retrieval.captures.tolist()
+        assert kind["ids"] == views.captures.tolist()
         assert (kind["licence"], kind["attribution"]) == ("CC0-1.0", "nobody")
         assert clip["seconds"] >= 0
 

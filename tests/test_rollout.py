@@ -9,6 +9,7 @@ from cityrag_jax.batch import Clip
 from cityrag_jax.data.clips import ClipConfig
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.geo.grounding import Retrieval
 from cityrag_jax.geo.trajectory import relative_poses
 from cityrag_jax.rollout import MadeClip, plan_job, rollout, spans
 
@@ -107,11 +108,15 @@ def test_only_behind_a_path_shorter_than_a_clip_the_camera_stands(city):
     np.testing.assert_array_equal(painter.clips[0].first_from_camera, wanted)
 
 
-def test_conditions_look_along_the_path(city):
-    """A pixel of this city shows its direction; north is (127.5, 247.5, 127.5)."""
-    for clip in make(Painter(), city, north(9)):
-        assert len(clip.condition) == len(clip.retrieval.captures) == 7
-        np.testing.assert_array_equal(np.diff(clip.retrieval.captures), 1)
+@pytest.mark.parametrize("way, step", [("by-distance", 2), ("as-driven", 1)])
+def test_conditions_look_along_the_path(city, way, step):
+    """A pixel of this city shows its direction; north is (127.5, 247.5, 127.5).
+
+    Poses are a metre apart, captures half a metre.
+    """
+    for clip in make(Painter(), city, north(9), retrieval=Retrieval(way)):
+        assert len(clip.condition) == len(clip.views) == 7
+        np.testing.assert_array_equal(np.diff(clip.views.captures), step)
         middle = clip.condition[:, 7:9, 15:17].mean(axis=(1, 2))
         np.testing.assert_allclose(middle, [[127.5, 247.5, 127.5]] * 7, atol=3)
 
@@ -148,13 +153,30 @@ def test_a_rollout_goes_on_from_any_clip(city):
 
 
 def test_a_path_that_leaves_the_streets_names_city_and_clip(city):
-    """Found before anything is generated."""
-    with pytest.raises(ValueError, match=r"clip 9 of the path \(frames 36 to 40\)"):
+    """Found before anything is generated: where the last capture is 15 m behind."""
+    with pytest.raises(ValueError, match=r"clip 8 of the path \(frames 32 to 36\)"):
         plan_job(city, FIRST, north(60), CONFIG)
-    with pytest.raises(ValueError, match=f"{city.folder}, clip 0 .* none goes within"):
-        plan_job(city, FIRST, north(9)[::-1].copy(), CONFIG)
-    with pytest.raises(ValueError, match="clip 0 .* 0.1 m of the path's start"):
-        plan_job(city, FIRST, north(9), CONFIG, radius_m=0.1)
+    near = Retrieval(radius_m=0.1)
+    with pytest.raises(ValueError, match=f"{city.folder}, clip 0 .* is 0.5 m away"):
+        plan_job(city, FIRST, north(9), CONFIG, retrieval=near)
+
+
+def test_a_drive_against_the_path_shows_it_facing_along(city):
+    made = make(Painter(), city, north(9)[::-1].copy())
+    for clip in made:
+        middle = clip.condition[:, 7:9, 15:17].mean(axis=(1, 2))
+        np.testing.assert_allclose(middle, [[127.5, 247.5, 127.5]] * 7, atol=3)
+        assert np.all(np.diff(clip.views.captures) == -2)
+
+
+def test_a_stretch_without_captures_goes_without_them_where_that_is_wanted(city):
+    """Its clips have a condition of length 0, which drops it."""
+    painter, wanted = Painter(), Retrieval(gaps="without-geo")
+    made = make(painter, city, north(60), retrieval=wanted)
+    lengths = [int(clip.condition_length) for clip in painter.clips]
+    assert lengths[:7] == [7] * 7 and lengths[10:] == [0] * len(lengths[10:])
+    assert join(made).shape[0] == 60
+    assert not made[-1].condition.any() and made[-1].condition.shape[0] == 1
 
 
 def test_numbers_that_are_not_finite_name_their_clip(city):

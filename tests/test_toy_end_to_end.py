@@ -96,7 +96,7 @@ def test_a_video_is_generated_along_the_held_out_street(
     frames = np.concatenate([clip.frames for clip in made])
     assert frames.shape == (len(poses), 32, 48, 3)
     for clip in made:
-        captures = clip.retrieval.captures
+        captures = clip.views.captures
         assert clip.condition.shape == (len(captures), 32, 48, 3)
         assert (city.captures.neighbourhood[captures] == held_out).all()
     other = next(generate(dataclasses.replace(wanted, seed=2)))

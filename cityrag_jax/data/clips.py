@@ -2,7 +2,7 @@
 
 A plan says which captures a clip shows and how they face: pure geometry, and the
 provenance that evaluation needs. `make_clip` turns a plan into pictures. Training and
-generation make their conditions by the same `condition_views`.
+generation crop their conditions by the same `City.crops`.
 """
 
 import dataclasses
@@ -125,50 +125,40 @@ def path_clip(
     city: City,
     first_frame: UInt8[np.ndarray, "H W 3"],
     ecef_from_camera: Float64[np.ndarray, "T 4 4"],
-    captures: Int64[np.ndarray, " n"],
+    views: Views,
     config: ClipConfig,
     clip_id: int = 0,
 ) -> Clip:
-    """Make the clip to generate: a first frame, a path and retrieved captures.
+    """Make the clip to generate: a first frame, a path and the views that ground it.
 
-    `captures` come from `retrieval.follow_drive`; at most as many are used as the
-    longest condition holds.
+    At most as many views are used as the longest condition holds. Without any the
+    condition is black and has length 0, which drops it.
     """
     wanted = (config.height, config.width, 3)
     if first_frame.shape != wanted:
         raise ValueError(
             f"The first frame is {first_frame.shape}, clips are {wanted}; resize it."
         )
-    captures = captures[: config.condition_frames[1]]
-    condition = condition_views(city, ecef_from_camera, captures, config)
+    views = views[: config.condition_frames[1]]
+    condition = show_views(city, views, config)
+    if len(views) == 0:
+        condition = np.zeros((1, *wanted), np.uint8)
     return Clip(
         frames=first_frame[None],
         first_from_camera=relative_poses(ecef_from_camera),
         condition=pad_condition(condition, config),
-        condition_length=np.asarray(len(condition), np.int32),
+        condition_length=np.asarray(len(views), np.int32),
         clip_id=np.asarray(clip_id, np.uint32),
     )
-
-
-def condition_views(
-    city: City,
-    target_ecef_from_camera: Float64[np.ndarray, "T 4 4"],
-    captures: Int64[np.ndarray, " n"],
-    config: ClipConfig,
-) -> UInt8[np.ndarray, "n H W 3"]:
-    """Crop captures of another drive so that they face as the target does nearby."""
-    poses = city.captures.ecef_from_camera[captures]
-    yaw_rad = facing_yaw(target_ecef_from_camera, poses)
-    return _views(city, captures, yaw_rad, config)
 
 
 def show_views(
     city: City, views: Views, config: ClipConfig
 ) -> UInt8[np.ndarray, "n H W 3"]:
     """Crop the captures that ground a path, each facing as the path does there."""
-    poses = city.captures.ecef_from_camera[views.capture]
+    poses = city.captures.ecef_from_camera[views.captures]
     yaw_rad = views.heading_rad - headings(poses)
-    return _views(city, views.capture, yaw_rad, config)
+    return _views(city, views.captures, yaw_rad, config)
 
 
 def pad_condition(

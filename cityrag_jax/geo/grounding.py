@@ -8,15 +8,40 @@ capture faces as the path does where it stands, in the whole path, not in one cl
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from cityrag_jax.geo.matching import Match
+from cityrag_jax.geo.ecef import (
+    drop_to_ellipsoid,
+    ecef_from_geodetic,
+    geodetic_from_ecef,
+    invert_rigid,
+)
+from cityrag_jax.geo.matching import Costs, Match, match_path
 from cityrag_jax.geo.retrieval import CaptureIndex, drive_stop
 from cityrag_jax.geo.trajectory import headings
 
 WAYS = ("by-distance", "as-driven")
+GAPS = ("refuse", "without-geo")
+SHORT_GAP_M = 10.0  # no stretch that is shorter is refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """How captures are found for a path, and what becomes of stretches without any."""
+
+    way: str = WAYS[0]
+    gaps: str = GAPS[0]
+    radius_m: float = Costs.radius_m
+
+    def __post_init__(self):
+        for name, given, known in (("way", self.way, WAYS), ("gaps", self.gaps, GAPS)):
+            if given not in known:
+                raise ValueError(
+                    f"Retrieval {name} is {given!r}; choose one of {', '.join(known)}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +52,13 @@ class Views:
     captures from the path there.
     """
 
-    capture: Int64[np.ndarray, " n"]
+    captures: Int64[np.ndarray, " n"]
     heading_rad: Float64[np.ndarray, " n"]
     frame: Float64[np.ndarray, " n"]
     distance_m: Float64[np.ndarray, " n"]
 
     def __len__(self) -> int:
-        return len(self.capture)
+        return len(self.captures)
 
     def __getitem__(self, chosen) -> "Views":
         columns = (getattr(self, f.name)[chosen] for f in dataclasses.fields(self))
@@ -44,52 +69,122 @@ def ground_path(
     index: CaptureIndex,
     ecef_from_camera: Float64[np.ndarray, "T 4 4"],
     match: Match,
-    way: str = "by-distance",
+    way: str = WAYS[0],
     tail: int = 81,
 ) -> Views:
     """List the views along a whole path in order; poses in gaps have none.
 
     As driven, up to `tail` captures beyond the path's end follow.
     """
-    if way == "by-distance":
-        capture, frame = _by_distance(index, ecef_from_camera, match)
-    elif way == "as-driven":
-        capture, frame = _as_driven(index, match, tail)
+    if way == WAYS[0]:
+        captures, frame = _by_distance(index, ecef_from_camera, match)
     else:
-        raise ValueError(f"Retrieval is {way!r}; choose one of {', '.join(WAYS)}.")
+        captures, frame = _as_driven(index, match, tail)
     frames = np.arange(len(ecef_from_camera))
     heading = np.unwrap(headings(ecef_from_camera))
     wanted = np.interp(frame, frames, heading)
     if len(heading) > 1:
         beyond = np.maximum(frame - frames[-1], 0)
         wanted = wanted + beyond * (heading[-1] - heading[-2])
-    place_m = np.stack(
-        [np.interp(frame, frames, ecef_from_camera[:, i, 3]) for i in range(3)], -1
-    )
-    up = place_m / np.linalg.norm(place_m, axis=-1, keepdims=True)
-    offset_m = index.position_m[capture] - place_m
-    above_m = np.sum(offset_m * up, axis=-1)
-    aside2 = np.maximum(np.sum(offset_m**2, axis=-1) - above_m**2, 0)
-    return Views(capture, wanted, frame, np.sqrt(aside2))
+    path_m, _ = drop_to_ellipsoid(ecef_from_camera[:, :3, 3])
+    place_m = np.stack([np.interp(frame, frames, x) for x in path_m.T], axis=-1)
+    offset_m = index.tree.data[captures] - place_m
+    return Views(captures, wanted, frame, np.linalg.norm(offset_m, axis=-1))
 
 
-def clip_views(views: Views, first: int, count: int) -> Views:
-    """Take up to `count` views from pose `first` on."""
+def ground_clips(
+    index: CaptureIndex,
+    ecef_from_camera: Float64[np.ndarray, "T 4 4"],
+    firsts: Sequence[int],
+    count: int,
+    retrieval: Retrieval,
+) -> tuple[Views, ...]:
+    """Give up to `count` views for each clip, from its first pose on.
+
+    The path is matched as a whole, and as far beyond its end as the last clip's
+    condition reaches, on as it ended. Raises ValueError for a stretch of the path
+    itself that nothing shows, if such are refused.
+    """
+    last = len(ecef_from_camera)
+    whole = continue_path(ecef_from_camera, max(firsts) + count)
+    match = match_path(index, whole, Costs(radius_m=retrieval.radius_m))
+    if retrieval.gaps == "refuse":
+        check_gaps(index, whole, match, last - 1)
+    views = ground_path(index, whole, match, retrieval.way, count)
+    clips = tuple(clip_views(views, first, count, retrieval.way) for first in firsts)
+    for first, clip in zip(firsts, clips, strict=True):
+        if retrieval.gaps == "refuse" and len(clip) == 0:
+            place = int(match.frame_place[first])
+            raise _gap_error(index, whole, match, place, place + 1)
+    return clips
+
+
+def clip_views(views: Views, first: int, count: int, way: str = WAYS[0]) -> Views:
+    """Take up to `count` views from pose `first` on; by distance, of as many poses."""
     start = int(np.searchsorted(views.frame, first - 1e-6))
-    return views[start : start + count]
+    stop = start + count
+    if way == WAYS[0]:
+        stop = int(np.searchsorted(views.frame, first + count - 1e-6))
+    return views[start:stop]
 
 
-def check_gaps(match: Match, most_m: float) -> None:
-    """Raise ValueError naming the stretches longer than `most_m` that nothing shows."""
-    gaps = [(a, b) for a, b in match.gaps() if (b - a) * match.step_m > most_m]
-    if gaps:
-        told = ", ".join(
-            f"{a * match.step_m:.0f} to {b * match.step_m:.0f} m" for a, b in gaps[:5]
-        )
-        raise ValueError(
-            f"No capture lies near the path from {told}; draw it along captured "
-            "streets, raise the radius, or let such stretches go without panoramas."
-        )
+def continue_path(
+    ecef_from_camera: Float64[np.ndarray, "T 4 4"], count: int
+) -> Float64[np.ndarray, "_ 4 4"]:
+    """Go on behind a path's end as it ended, up to `count` poses."""
+    poses = list(ecef_from_camera)
+    step = np.eye(4)
+    if len(poses) > 1:
+        step = invert_rigid(poses[-2]) @ poses[-1]
+    while len(poses) < count:
+        poses.append(poses[-1] @ step)
+    return np.stack(poses)
+
+
+def check_gaps(
+    index: CaptureIndex,
+    ecef_from_camera: Float64[np.ndarray, "T 4 4"],
+    match: Match,
+    last_pose: int,
+) -> None:
+    """Raise ValueError naming the first stretch up to a pose that nothing shows."""
+    end = int(match.frame_place[last_pose]) + 1
+    for first, behind in match.gaps():
+        behind = min(behind, end)
+        if (behind - first) * match.step_m > SHORT_GAP_M:
+            raise _gap_error(index, ecef_from_camera, match, first, behind)
+
+
+class GapError(ValueError):
+    """A stretch of a path that nothing shows; `pose` is its first."""
+
+    def __init__(self, pose: int, message: str):
+        super().__init__(message)
+        self.pose = pose
+
+
+def _gap_error(index, ecef_from_camera, match, first, behind) -> GapError:
+    poses = np.searchsorted(match.frame_place, [first, behind - 1])
+    return GapError(
+        int(poses[0]),
+        f"nothing was captured along {first * match.step_m:.0f} to "
+        f"{behind * match.step_m:.0f} m of the path (poses {poses[0]} to {poses[1]}); "
+        f"the nearest capture is {_nearest(index, ecef_from_camera, poses)}. Draw it "
+        "along captured streets (python -m cityrag_jax.survey draws them), allow a "
+        "larger radius, or let such stretches go without panoramas.",
+    )
+
+
+def _nearest(index, ecef_from_camera, poses) -> str:
+    place_m = ecef_from_camera[int(poses[0]) : int(poses[1]) + 1, :3, 3]
+    below_m, _ = drop_to_ellipsoid(place_m)
+    told = f"{index.tree.query(below_m)[0].min():.1f} m away"
+    latitude, longitude, _ = geodetic_from_ecef(place_m[0])
+    if abs(longitude) <= 90:
+        swapped = ecef_from_geodetic(float(longitude), float(latitude), 0.0)
+        if index.tree.query(swapped)[0] < 10_000:
+            told += " (with latitude and longitude swapped it lies in the city)"
+    return told
 
 
 def _by_distance(index, ecef_from_camera, match) -> tuple[np.ndarray, np.ndarray]:

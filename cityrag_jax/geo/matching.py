@@ -190,8 +190,7 @@ def _match(index, line, costs, allowed) -> Match:
 
 def _find_states(index, nodes, line, costs) -> States:
     if len(nodes.run) == 0:
-        none = np.zeros(0)
-        return States(nodes.run, nodes.run, none, none, none, none, none)
+        return _no_states()
     tree = cKDTree(nodes.place_m)
     found = tree.query_ball_point(line.place_m, costs.radius_m, return_sorted=True)
     place = np.repeat(np.arange(len(found)), [len(f) for f in found])
@@ -199,6 +198,8 @@ def _find_states(index, nodes, line, costs) -> States:
     offset_m = line.place_m[place] - nodes.place_m[node]
     far_m = np.linalg.norm(offset_m, axis=1)
     # Of each pass the captures that it comes nearest with.
+    if len(node) == 0:
+        return _no_states()
     beside = (np.diff(place) == 0) & (np.diff(node) == 1)
     beside &= np.diff(nodes.run[node]) == 0
     nearer = np.append(far_m[:-1] <= far_m[1:], True) | ~np.append(beside, False)
@@ -225,6 +226,11 @@ def _find_states(index, nodes, line, costs) -> States:
         distance_m=np.sqrt(aside2 + beyond_m**2),
         cost=cost * line.step_m,
     )
+
+
+def _no_states() -> States:
+    none, nowhere = np.zeros(0, np.int64), np.zeros(0)
+    return States(none, none, *[nowhere] * 5)
 
 
 def _age_cost(index, capture, costs) -> np.ndarray:

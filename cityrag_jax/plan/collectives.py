@@ -3,6 +3,7 @@
 A loop's body counts as often as its condition says. A collective's `sent` is what each
 device of its group has to send, by the best algorithm on a ring: of n devices, (n - 1)
 parts of n of what is gathered, scattered or exchanged, twice that of what is summed.
+TPUs sum onto shards in functions called all-reduce-scatter, whose sum is of all shards.
 """
 
 import collections
@@ -18,6 +19,7 @@ KINDS = (
     *("all-reduce", "reduce-scatter", "all-gather", "all-to-all"),
     "collective-permute",
 )
+SCATTER = "all-reduce-scatter"
 BITS = {"pred": 8, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16}  # others end in their bits
 
 Array = tuple[str, tuple[int, ...]]  # type and shape
@@ -82,7 +84,11 @@ def collectives(program: str) -> list[Collective]:
                 # What is sent, as many results that come, and perhaps counters.
                 results = [x for x in results if x[1]]
                 results = results[len(results) // 2 :]
-            found.append(Collective(kind, tuple(results), _groups(line.rest), count))
+            groups = _groups(line.rest)
+            if groups and len(groups[0]) == 1:
+                continue  # nobody to send to
+            kind = SCATTER if name.startswith(SCATTER) else kind
+            found.append(Collective(kind, tuple(results), groups, count))
     return found
 
 

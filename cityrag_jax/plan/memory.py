@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from cityrag_jax.batch import TIME_STRIDE
 from cityrag_jax.checkpoint import read_config
+from cityrag_jax.model.attention import SPLASH_BLOCK
 from cityrag_jax.model.dit import BLOCK_INPUT
 from cityrag_jax.parallel import RULES
+from cityrag_jax.plan.chips import Chip
 from cityrag_jax.plan.operations import model_of, sizes_of
 from cityrag_jax.training.program import Program
 
@@ -45,7 +47,7 @@ def clips_at_once(config: ConfigDict, mesh: dict[str, int]) -> float:
 
 
 def memory_by_formula(
-    config: ConfigDict, program: Program, mesh: dict[str, int]
+    config: ConfigDict, program: Program, mesh: dict[str, int], chip: Chip
 ) -> dict[str, float]:
     """Give bytes of a device by what they are for; the last one is the peak.
 
@@ -65,11 +67,11 @@ def memory_by_formula(
     if config.train.micro_batches > 1:
         gradients *= 2  # the sum so far, and what is added to it
     saved = saved_by_blocks(config, mesh)
-    work = block_work(config, program, mesh)
     times = {
         "gradients": gradients,
         "saved for the backward pass": saved,
-        "work of a block": work,
+        "work of a block": block_work(config, program, mesh),
+        "work of its kernels": kernel_work(config, mesh) if chip.is_tpu else 0.0,
     }
     backward = sum(times.values())
     optimiser = 3 * held["trained parameters"]  # gradients, directions, momentum
@@ -132,6 +134,17 @@ def block_work(config: ConfigDict, program: Program, mesh: dict[str, int]) -> fl
     )
     weights = 2 * HALF * block + FLOAT * trained
     return float(activations + tokens + weights)
+
+
+def kernel_work(config: ConfigDict, mesh: dict[str, int]) -> float:
+    """Count what the backward pass of splash attention keeps: dq for each key block.
+
+    cuDNN's needs nothing of that size.
+    """
+    sizes = sizes_of(config)
+    blocks = math.ceil(max(sizes.video, sizes.condition) / SPLASH_BLOCK)
+    tokens = sizes.video * clips_at_once(config, mesh) / mesh["sequence"]
+    return float(HALF * blocks * tokens * sizes.dim)
 
 
 def encoder_work(config: ConfigDict, program: Program, mesh: dict[str, int]) -> float:

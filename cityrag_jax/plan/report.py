@@ -95,7 +95,7 @@ def plan_by_formula(
         config=config,
         topology=topology,
         mesh=sizes,
-        memory=memory_by_formula(config, program, sizes),
+        memory=memory_by_formula(config, program, sizes, topology.chip),
         operations=count_operations(config, program),
         needed=speed.count_operations(config, program, longest),
         sent=sent_by_formula(config, program, mesh, topology),
