@@ -311,6 +311,8 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
     for name in parts:
         if not isinstance(config.get(name), dict):
             raise ValueError(f"{path}: {name} is {config.get(name)!r}, no JSON object.")
+    if not all(type(digest) is int for digest in config["texts"].values()):
+        raise ValueError(f"{path}: texts are {config['texts']}, no checksums.")
     if not set(config["texts"]) <= set(TEXTS):
         raise ValueError(f"{path}: texts are {sorted(config['texts'])}, not {TEXTS}.")
     for part in ("modules", "described"):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32
@@ -51,6 +52,41 @@ class CityHeader:
     licences: tuple[str, ...]
     attributions: tuple[str, ...]
     generator: dict = dataclasses.field(default_factory=dict)
+
+
+# Type and shape of a row of every column.
+COLUMNS = {
+    "ecef_from_camera": (np.float64, (4, 4)),
+    "time_s": (np.float64, ()),
+    "drive": (np.int32, ()),
+    "neighbourhood": (np.int32, ()),
+    "licence": (np.int32, ()),
+    "attribution": (np.int32, ()),
+    "anonymised": (np.bool_, ()),
+}
+
+
+def read_columns(
+    path: Path, kinds: dict[str, Any], remedy: str
+) -> dict[str, np.ndarray]:
+    """Read columns of an .npz; ValueError if it is damaged or one is of another kind.
+
+    `kinds` gives type and shape of a row of each, None for a single number.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            columns = {name: stored[name] for name in kinds}
+    except Exception as error:  # zipfile and NumPy raise many kinds
+        raise ValueError(f"{path} is damaged ({error!r}); {remedy}.") from error
+    for name, (dtype, row) in kinds.items():
+        x = columns[name]
+        wanted = () if row is None else (*x.shape[:1], *row)
+        if x.dtype != dtype or x.shape != wanted or (x.ndim == 0) != (row is None):
+            raise ValueError(
+                f"{path} is damaged: {name} is {x.dtype} of {x.shape}, not "
+                f"{np.dtype(dtype)} of {wanted or 'one number'}; {remedy}."
+            )
+    return columns
 
 
 def check_captures(captures: Captures, header: CityHeader, source: str) -> None:
@@ -156,9 +192,37 @@ def read_header(folder: Path) -> CityHeader:
         fields = {f.name: document[f.name] for f in dataclasses.fields(CityHeader)}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
+    _check_header(fields, path)
     for name in ("anchor", "licences", "attributions"):
         fields[name] = tuple(fields[name])
     return CityHeader(**fields)
+
+
+def _check_header(fields: dict, path: Path) -> None:
+    """Raise ValueError that names the key whose value cannot be."""
+
+    def are(values, kinds) -> bool:
+        return isinstance(values, list) and all(type(x) in kinds for x in values)
+
+    anchor, height = fields["anchor"], fields["panorama_height"]
+    good = {
+        "name": isinstance(fields["name"], str),
+        "panorama_height": type(height) is int and 0 < height < 2**16,
+        "anchor": are(anchor, (int, float))
+        and len(anchor) == 3
+        and all(
+            abs(x) < limit for x, limit in zip(anchor, (91, 181, 1e5), strict=True)
+        ),
+        "licences": are(fields["licences"], (str,)),
+        "attributions": are(fields["attributions"], (str,)),
+        "generator": isinstance(fields["generator"], dict),
+    }
+    for name, right in good.items():
+        if not right:
+            raise ValueError(
+                f"{path} is damaged: {name} is {fields[name]!r}, which cannot be; "
+                f"{REBUILD}."
+            )
 
 
 def read_captures(folder: Path) -> Captures:
@@ -166,10 +230,5 @@ def read_captures(folder: Path) -> Captures:
     path = folder / "captures.npz"
     if not path.exists():
         raise ValueError(f"{path} is missing; {REBUILD}.")
-    try:
-        with np.load(path) as columns:
-            return Captures(
-                **{f.name: columns[f.name] for f in dataclasses.fields(Captures)}
-            )
-    except Exception as error:  # zipfile and NumPy raise many kinds
-        raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
+    columns = read_columns(path, COLUMNS, REBUILD)
+    return Captures(**columns)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-from cityrag_jax.data.captures import Captures
+from cityrag_jax.data.captures import Captures, read_columns
 from cityrag_jax.geo.retrieval import build_tree, drive_edges
 
 
@@ -40,6 +40,18 @@ class PairConfig:
     held_out: tuple[int, ...] | None = None
     held_out_fraction: float = 0.1
     seed: int = 0
+
+
+# Type and shape of a row of every stored column.
+COLUMNS = {
+    "drive_a": (np.int32, ()),
+    "start_a": (np.int64, ()),
+    "drive_b": (np.int32, ()),
+    "start_b": (np.int64, ()),
+    "mean_distance_m": (np.float64, ()),
+    "neighbourhood": (np.int32, ()),
+    "held_out": (np.bool_, ()),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,12 +333,12 @@ def load_pairs(folder: str | Path) -> Pairs:
             f"{path} is missing; mine pairs with "
             f"tools/build_city.py --mine={Path(folder)}."
         )
-    try:
-        with np.load(path) as stored:
-            columns = {f.name: stored[f.name] for f in _columns()}
-            return Pairs(**columns, num_frames=int(stored["num_frames"]))
-    except Exception as error:  # zipfile and NumPy raise many kinds
+    again = f"mine pairs again with tools/build_city.py --mine={Path(folder)}"
+    columns = read_columns(path, COLUMNS | {"num_frames": (np.int64, None)}, again)
+    num_frames = int(columns.pop("num_frames"))
+    if len({len(x) for x in columns.values()}) > 1 or not 0 < num_frames < 2**16:
         raise ValueError(
-            f"{path} is damaged ({error!r}); mine pairs again with "
-            f"tools/build_city.py --mine={Path(folder)}."
-        ) from error
+            f"{path} is damaged: columns of {[len(x) for x in columns.values()]} rows, "
+            f"{num_frames} frames; {again}."
+        )
+    return Pairs(**columns, num_frames=num_frames)

@@ -6,9 +6,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from cityrag_jax.data.store import City
+from cityrag_jax.geo.ecef import ecef_from_geodetic
 from cityrag_jax.geo.matching import fill_heights
 from cityrag_jax.geo.path_files import SUFFIXES, parse_path
 from cityrag_jax.geo.trajectory import poses_on_earth
+
+LONGEST_M = 100_000.0
+MOST_POSES = 1_000_000
 
 
 def read_path(
@@ -16,8 +20,27 @@ def read_path(
 ) -> Float64[np.ndarray, "N 4 4"]:
     """Read a path file as camera poses on Earth, one every `spacing_m`."""
     path = Path(path)
-    places = fill_heights(city.index, parse_path(read_words(path), path.name))
-    return poses_on_earth(places, spacing_m)
+    text = read_words(path)
+    try:
+        places = fill_heights(city.index, parse_path(text, path.name))
+        _check_length(places, spacing_m)
+        return poses_on_earth(places, spacing_m)
+    except ValueError as error:
+        if path.name in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_length(places: Float64[np.ndarray, "M 3"], spacing_m: float) -> None:
+    """Refuse a path that no one means, before its poses fill the memory."""
+    points = ecef_from_geodetic(*places.T)
+    length_m = float(np.linalg.norm(np.diff(points, axis=0), axis=1).sum())
+    if not length_m < LONGEST_M or length_m > MOST_POSES * spacing_m:
+        raise ValueError(
+            f"the path is {length_m / 1000:,.0f} km long, at most "
+            f"{min(LONGEST_M, MOST_POSES * spacing_m) / 1000:,.0f} km are taken; look "
+            "for a point that lies elsewhere, or cut the path."
+        )
 
 
 def read_words(path: Path) -> str:

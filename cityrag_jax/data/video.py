@@ -169,7 +169,12 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
     content = np.frombuffer(path.read_bytes(), np.uint8)
-    picture = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    try:
+        picture = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    except cv2.error as error:  # above 2^30 pixels, by what its header says
+        raise ValueError(
+            f"{path} is too large a picture to decode; make it smaller."
+        ) from error
     if picture is None:
         raise ValueError(f"{path} is not a readable picture; give a JPEG or PNG.")
     return np.ascontiguousarray(picture[..., ::-1])

@@ -90,10 +90,10 @@ def _shapes(node):
         yield "point", inside
     elif inside is not None:
         yield str(kind), inside
-    for child in (node.get("geometry"), *(node.get("features") or ())):
-        yield from _shapes(child)
-    for child in node.get("geometries") or ():
-        yield from _shapes(child)
+    for name in ("geometry", "features", "geometries"):
+        children = node.get(name)
+        for child in children if isinstance(children, list) else [children]:
+            yield from _shapes(child)
 
 
 def _places(points, file_name) -> np.ndarray:
