@@ -78,7 +78,8 @@ def begin(program: Program, start: Bundle | None, workdir: Path) -> Values:
     encoders = open_encoders(program, start)
     save_bundle(workdir / "base", task.base(encoders), overwrite=True)
     shardings = {name: x.sharding for name, x in program.parameters.items()}
-    params = task.initial_parameters(start, shardings)
+    types = {name: x.dtype for name, x in program.frozen.items()}
+    params = task.initial_parameters(start, shardings, types)
     params, frozen = split_frozen(params, program.labels)
     frozen = {name: x.astype(program.frozen[name].dtype) for name, x in frozen.items()}
     save_frozen(workdir, frozen, program.stacked)
