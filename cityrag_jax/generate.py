@@ -129,10 +129,10 @@ class Request:
 
     def identity(self) -> dict[str, Any]:
         """Say what decides about the video's pixels besides the job."""
-        solver = ("num_steps", "shift", "guidance", "scales")
+        solver = ("num_steps", "shift", "guidance", "scales", "preset", "ratios")
         return {
             "weights": identify_model(self.checkpoint),
-            "sample": {name: self.config.sample[name] for name in solver},
+            **{name: self.config.sample[name] for name in solver},
             "vae_dtype": self.config.model.vae_dtype,
             "without": list(self.without),
             "text": None if self.text is None else digest(self.text),

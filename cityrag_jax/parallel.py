@@ -388,11 +388,14 @@ def exchange_heads(
     k: Float[Array, "B S N K"],
     v: Float[Array, "B S N K"],
     kv_length: Int[Array, " B"] | None,
+    *,
+    whole_keys: bool = False,
 ) -> Float[Array, "B L N K"]:
     """Run `attend` with whole sequences of some heads on each device (Ulysses).
 
-    Tokens come in and go out split over `sequence`; in between, heads are.
-    L, S and N must be multiples of the size of `sequence`.
+    Tokens come in and go out split over `sequence`; in between, heads are; those of
+    `whole_keys` are from the start (`split_heads`). L, S and N must be multiples of the
+    size of `sequence`.
     """
     degree = axis_size("sequence")
     if q.shape[2] % degree:
@@ -405,12 +408,17 @@ def exchange_heads(
         def heads(x: Array) -> Array:
             return jax.lax.all_to_all(x, "sequence", 2, 1, tiled=True)
 
-        out = attend(heads(q), heads(k), heads(v), kv_length)
+        k, v = (k, v) if whole_keys else (heads(k), heads(v))
+        out = attend(heads(q), k, v, kv_length)
         return jax.lax.all_to_all(out, "sequence", 1, 2, tiled=True)
 
-    return _on_each_device(
-        local if degree > 1 else attend, q, k, v, kv_length, "tokens"
-    )
+    keys = (None, "tokens") if whole_keys else ("tokens", None)
+    return _on_each_device(local if degree > 1 else attend, q, k, v, kv_length, keys)
+
+
+def split_heads(x: Float[Array, "B S N K"]) -> Float[Array, "B S N K"]:
+    """Split heads instead of tokens over `sequence`: one exchange, made once."""
+    return shard(x, "batch", None, "tokens", None)
 
 
 def share_keys(
@@ -420,15 +428,15 @@ def share_keys(
     v: Float[Array, "B S N K"],
 ) -> Float[Array, "B L N K"]:
     """Run `attend` on split queries with short, replicated keys and values."""
-    return _on_each_device(attend, q, k, v, None, None)
+    return _on_each_device(attend, q, k, v, None, (None, None))
 
 
-def _on_each_device(attend, q, k, v, kv_length, key_axis):
+def _on_each_device(attend, q, k, v, kv_length, key_axes):
     """Fused kernels cannot be split by the compiler, so each device runs its own."""
     if jax.sharding.get_abstract_mesh().empty:
         return attend(q, k, v, kv_length)
     query = partition(q.shape, ("batch", "tokens", None, None))
-    keys = partition(k.shape, ("batch", key_axis, None, None))
+    keys = partition(k.shape, ("batch", *key_axes, None))
     lengths = PartitionSpec(query[0])
     return jax.shard_map(
         attend,

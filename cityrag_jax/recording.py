@@ -13,6 +13,7 @@ uninterrupted one. Of several processes the writer alone writes.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -39,8 +40,8 @@ from cityrag_jax.rollout import Job, MadeClip
 from cityrag_jax.training.lock import WorkdirLock
 
 SIDECAR, JOB, CLIPS = "generate.json", "job.json", "clips"
-VIDEO, CONDITIONS = "video.mp4", "conditions.mp4"
-STRIP = 6  # frames of an overview
+VIDEO, CONDITIONS, PAGE = "video.mp4", "conditions.mp4", "report.html"
+STRIP = 6  # frames of an overview, and of a clip in the report
 
 
 class Recording:
@@ -191,8 +192,35 @@ class Recording:
             "clips": clips,
             "job": self.identity,
         }
+        self._write_page(sidecar)
         report.write_text(self.out / SIDECAR, json.dumps(sidecar, indent=1) + "\n")
         self._clean()
+
+    def _write_page(self, sidecar: dict[str, Any]) -> None:
+        sections = {}
+        for number, clip in enumerate(sidecar["clips"]):
+            first, last = clip["frames"]
+            frames = pick_frames(self._clip(number) / VIDEO, STRIP)
+            behind = self.job.spans[number].end - self.job.spans[number].first
+            views = pick_frames(self._clip(number) / CONDITIONS, STRIP, behind)
+            rows = {"retrieved": views, "generated": frames}
+            drives = ", ".join(map(str, clip["drives"])) or "none"
+            name = f"Clip {number}, frames {first} to {last}: drives {drives}, "
+            name += f"{clip['mean_distance_m']} m off the path, {clip['seconds']} s"
+            sections[name] = report.side_by_side(rows, count=STRIP)
+        owners = [f"{x['attribution']} ({x['licence']})" for x in sidecar["sources"]]
+        size = "x".join(map(str, reversed(sidecar["size"])))
+        facts = {
+            "Synthetic": "generated; no camera saw this",
+            "City": sidecar["city"],
+            "Video": f"{sidecar['frames']} frames of {size}, {self.fps:g} a second",
+            "Time": f"{sum(clip['seconds'] for clip in sidecar['clips']):.1f} s",
+            "Seed": str(self.job.seed),
+            "Weights": str(self.identity.get("weights", ""))[:16],
+            "Panoramas": "; ".join(owners),
+        }
+        picture = read_image(self.out / "map.png")
+        report.write_page(self.out / PAGE, "Street video", picture, facts, sections)
 
     def _clean(self) -> None:
         shutil.rmtree(self.out / CLIPS, ignore_errors=True)
@@ -278,9 +306,11 @@ def kind_of(city: City, capture: int) -> dict[str, Any]:
     }
 
 
-def pick_frames(path: Path, count: int) -> UInt8[np.ndarray, "n H W 3"]:
-    """Read `count` evenly spaced frames of a video, first and last among them."""
-    total = sum(1 for _ in read_frames(path))
+def pick_frames(
+    path: Path, count: int, limit: int | None = None
+) -> UInt8[np.ndarray, "n H W 3"]:
+    """Read `count` evenly spaced of the first `limit` frames, both ends among them."""
+    total = sum(1 for _ in itertools.islice(read_frames(path), limit))
     chosen = np.linspace(0, total - 1, count).round().astype(int)
     wanted = set(chosen.tolist())
     kept = {i: x for i, x in enumerate(read_frames(path)) if i in wanted}

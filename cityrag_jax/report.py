@@ -1,5 +1,7 @@
-"""Pictures and tables for people: strips of videos, sheets, maps, figures."""
+"""Pictures and tables for people: strips of videos, sheets, maps, figures, pages."""
 
+import base64
+import html
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -235,3 +237,55 @@ def draw_route(
     axes.legend(loc="best", fontsize="small")
     figure.savefig(path, dpi=100)
     return Path(path)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em;
+        padding: 0 1em; color: #222 }}
+h1 {{ font-size: 1.5em }} h2 {{ font-size: 1.1em; margin: 2em 0 .5em }}
+img {{ max-width: 100%; display: block }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .2em .8em .2em 0; text-align: left; vertical-align: top }}
+.top {{ display: flex; flex-wrap: wrap; gap: 2em; align-items: flex-start }}
+</style>
+<h1>{title}</h1>
+<div class="top">{picture}{table}</div>
+{sections}
+</html>
+"""
+
+
+def inline_image(image: Image, quality: int = 85) -> str:
+    """Give the HTML of a picture that a page carries in itself."""
+    kind = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    _, content = cv2.imencode(".jpg", image[..., ::-1], kind)
+    text = base64.b64encode(content.tobytes()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{text}">'
+
+
+def write_page(
+    path: Path,
+    title: str,
+    picture: UInt8[np.ndarray, "_ _ 3"],
+    facts: Mapping[str, str],
+    sections: Mapping[str, UInt8[np.ndarray, "_ _ 3"]],
+) -> None:
+    """Write one HTML page that needs no other file: picture, facts, more pictures."""
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}<td>{html.escape(value)}"
+        for name, value in facts.items()
+    )
+    parts = [
+        f"<h2>{html.escape(name)}</h2>{inline_image(image)}"
+        for name, image in sections.items()
+    ]
+    page = PAGE.format(
+        title=html.escape(title),
+        picture=inline_image(picture),
+        table=f"<table>{rows}</table>",
+        sections="\n".join(parts),
+    )
+    write_text(path, page)

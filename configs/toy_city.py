@@ -125,6 +125,9 @@ def _gpu() -> ConfigDict:
     config.sample.scales = ()
     config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
+    config.sample.keep_keys = True
+    config.sample.preset = "final"  # every step; standard and draft repeat some
+    config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
     config.sample.spacing_m = 0.375  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
     config.sample.fps = 10.0

@@ -61,7 +61,7 @@ def test_self_attention_equals_the_official_one(blocks):
         count = int(np.prod(grid))
         x = jnp.asarray(blocks["sa_x"][sample : sample + 1, :count])
         angles = rotary_angles(tuple(int(n) for n in grid), 24)
-        out = module(x, x, angles, angles)
+        out = module(x, angles, module.keys(x, angles))
         expected = blocks["sa_out"][sample : sample + 1, :count]
         np.testing.assert_allclose(out, expected, atol=1e-5)
 
@@ -73,8 +73,10 @@ def test_padded_self_attention_equals_the_unpadded(blocks):
     angles = rotary_angles(tuple(int(n) for n in blocks["sa_grid"][0]), 24)
     padded = jnp.pad(x, ((0, 0), (0, 2), (0, 0)))
     turned = jnp.pad(angles, ((0, 2), (0, 0), (0, 0)))
-    out = module(padded, padded, turned, turned, jnp.array([30]))
-    np.testing.assert_allclose(out[:, :30], module(x, x, angles, angles), atol=1e-6)
+    keys = module.keys(padded, turned)
+    out = module(padded, turned, keys, jnp.array([30]))
+    whole = module(x, angles, module.keys(x, angles))
+    np.testing.assert_allclose(out[:, :30], whole, atol=1e-6)
 
 
 def test_image_cross_attention_equals_the_official_one(blocks):
@@ -82,7 +84,8 @@ def test_image_cross_attention_equals_the_official_one(blocks):
     module = ImageTextAttention(48, 2, 1e-6, **FLOAT32, rngs=nnx.Rngs(0))
     fill(module, blocks, "ca")
     context = jnp.asarray(blocks["ca_ctx"])
-    out = module(jnp.asarray(blocks["sa_x"]), context[:, 9:], context[:, :9])
+    keys = module.keys(context[:, 9:], context[:, :9])
+    out = module(jnp.asarray(blocks["sa_x"]), keys)
     np.testing.assert_allclose(out, blocks["ca_out"], atol=1e-5)
 
 

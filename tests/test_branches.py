@@ -100,8 +100,11 @@ def test_a_condition_dropped_for_the_batch_is_not_computed():
     model = make_model(silent=False)
 
     def call(pose: bool, geo: bool):
+        given = {"pose": pose, "geo": geo}
+        without = [name for name, there in given.items() if not there]
+
         def run(model, conditions):
-            prepared = model.prepare(conditions, pose=pose, geo=geo)
+            prepared = model.prepare(conditions, without=without)
             return model(NOISY, TIMES, conditions.text, None, prepared)
 
         return jax.jit(run).lower(model, make_conditions()).compile()

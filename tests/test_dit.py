@@ -134,10 +134,13 @@ def test_intermediates_equal_the_official_ones(name, request):
             check(normalise(stream, block.eps), "block0_norm1", 3e-5)
         attention, feed_forward = block.modulations(six)
         m = attention.modulate(stream, block.eps)
-        self_attention = block.self_attention(m, m, angles, angles)
+        self_attention = block.self_attention(
+            m, angles, block.self_attention.keys(m, angles)
+        )
         stream = stream + attention.gate * self_attention
         cross_norm = block.cross_norm(stream)
-        cross = block.cross_attention(cross_norm, text, image)
+        keys = block.cross_attention.keys(text, image)
+        cross = block.cross_attention(cross_norm, keys)
         stream = stream + cross
         ffn = block.ffn(feed_forward.modulate(stream, block.eps))
         stream = stream + feed_forward.gate * ffn

@@ -7,7 +7,10 @@ import pytest
 
 from cityrag_jax.diffusion.guidance import MODES, Pass, guide, passes
 
-FULL = Pass(True, True)
+FULL = Pass()
+NO_POSE, NO_GEO = Pass(frozenset({"pose"})), Pass(frozenset({"geo"}))
+NEITHER = Pass(frozenset({"pose", "geo"}))
+NEGATIVE = Pass(negative_text=True)
 SCALES = {
     "none": (),
     "joint": (2.5,),
@@ -26,34 +29,39 @@ def strict_types():
 
 @pytest.fixture
 def velocities(rng):
-    """A random velocity for each of the eight passes."""
-    flags = [(p, g, n) for p in (0, 1) for g in (0, 1) for n in (0, 1)]
-    draw = rng.standard_normal((8, 2, 3)).astype(np.float32)
-    seen = [Pass(*map(bool, flag)) for flag in flags]
+    """A random velocity for each of the passes."""
+    seen = [FULL, NO_POSE, NO_GEO, NEITHER, NEGATIVE]
+    draw = rng.standard_normal((5, 2, 3)).astype(np.float32)
     return dict(zip(seen, map(jnp.asarray, draw), strict=True))
+
+
+def guided_by(velocity_of_pass, weighted):
+    """Guide as the sampler does: the weights are an array."""
+    weights = np.array([weight for weight, _ in weighted], np.float32)
+    return guide((velocity_of_pass(seen) for _, seen in weighted), weights)
 
 
 def formula(mode, v, scales):
     """The modes as DESIGN writes them, term by term."""
-    full, neither = v[FULL], v[Pass(False, False)]
+    full, neither = v[FULL], v[NEITHER]
     if mode == "none":
         return full
     if mode == "nested":
-        no_geo, (w_p, w_g) = v[Pass(True, False)], scales
+        no_geo, (w_p, w_g) = v[NO_GEO], scales
         return neither + w_p * (no_geo - neither) + w_g * (full - no_geo)
     (w,) = scales
     base = {
         "joint": neither,
-        "trajectory": v[Pass(False, True)],
-        "geo": v[Pass(True, False)],
-        "text": v[Pass(True, True, True)],
+        "trajectory": v[NO_POSE],
+        "geo": v[NO_GEO],
+        "text": v[NEGATIVE],
     }[mode]
     return base + w * (full - base)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_mode_is_its_formula(mode, velocities):
-    guided = guide(velocities.__getitem__, passes(mode, SCALES[mode]))
+    guided = guided_by(velocities.__getitem__, passes(mode, SCALES[mode]))
     expected = formula(mode, velocities, SCALES[mode])
     np.testing.assert_allclose(guided, expected, atol=5e-6)
 
@@ -67,18 +75,18 @@ def test_weights_sum_to_1(mode):
 def test_scales_of_1_cost_one_pass_and_change_nothing(mode, velocities):
     ones = (1.0,) * len(SCALES[mode])
     assert passes(mode, ones) == ((1.0, FULL),)
-    guided = guide(velocities.__getitem__, passes(mode, ones))
+    guided = guided_by(velocities.__getitem__, passes(mode, ones))
     np.testing.assert_array_equal(guided, velocities[FULL])
 
 
 @pytest.mark.parametrize(
     "mode, expected",
     [
-        ("joint", [FULL, Pass(False, False)]),
-        ("trajectory", [FULL, Pass(False, True)]),
-        ("geo", [FULL, Pass(True, False)]),
-        ("nested", [FULL, Pass(True, False), Pass(False, False)]),
-        ("text", [FULL, Pass(True, True, True)]),
+        ("joint", [FULL, NEITHER]),
+        ("trajectory", [FULL, NO_POSE]),
+        ("geo", [FULL, NO_GEO]),
+        ("nested", [FULL, NO_GEO, NEITHER]),
+        ("text", [FULL, NEGATIVE]),
     ],
 )
 def test_passes_are_those_of_the_formula(mode, expected):
@@ -86,7 +94,7 @@ def test_passes_are_those_of_the_formula(mode, expected):
 
 
 def test_scale_of_0_drops_the_full_pass():
-    assert passes("joint", (0.0,)) == ((1.0, Pass(False, False)),)
+    assert passes("joint", (0.0,)) == ((1.0, NEITHER),)
 
 
 def test_nested_with_equal_scales_is_joint():
@@ -94,19 +102,17 @@ def test_nested_with_equal_scales_is_joint():
 
 
 def test_passes_that_a_missing_condition_makes_equal_are_merged():
-    only_geo = Pass(False, True)
-    assert passes("trajectory", (3.0,), pose=False) == ((1.0, only_geo),)
-    assert passes("joint", (3.0,), pose=False) == (
+    only_geo = NO_POSE
+    assert passes("trajectory", (3.0,), ("pose",)) == ((1.0, only_geo),)
+    assert passes("joint", (3.0,), ("pose",)) == (
         (3.0, only_geo),
-        (-2.0, Pass(False, False)),
+        (-2.0, NEITHER),
     )
-    assert passes("nested", (3.0, 4.0), geo=False) == (
-        (3.0, Pass(True, False)),
-        (-2.0, Pass(False, False)),
+    assert passes("nested", (3.0, 4.0), ("geo",)) == (
+        (3.0, NO_GEO),
+        (-2.0, NEITHER),
     )
-    assert passes("nested", (3.0, 4.0), pose=False, geo=False) == (
-        (1.0, Pass(False, False)),
-    )
+    assert passes("nested", (3.0, 4.0), ("pose", "geo")) == ((1.0, NEITHER),)
 
 
 @pytest.mark.parametrize("mode, geo_calls", [("joint", 1), ("geo", 1), ("nested", 1)])
@@ -121,10 +127,12 @@ def test_dropped_passes_never_call_the_geo_branch(mode, geo_calls, velocities):
 
     def velocity_of_pass(seen):
         x = velocities[seen]
-        return x + geo_branch(x.reshape(-1))[:1, None] if seen.geo else x
+        return (
+            x + geo_branch(x.reshape(-1))[:1, None] if "geo" not in seen.without else x
+        )
 
     def run():
-        return guide(velocity_of_pass, passes(mode, SCALES[mode]))
+        return guided_by(velocity_of_pass, passes(mode, SCALES[mode]))
 
     program = str(jax.make_jaxpr(run)())
     assert calls == geo_calls == program.count("cumsum[")
@@ -133,8 +141,9 @@ def test_dropped_passes_never_call_the_geo_branch(mode, geo_calls, velocities):
 def test_velocities_are_summed_in_float32():
     """In bfloat16, 8 bits long, a difference of large terms would lose the digits."""
     one = jnp.ones(3, jnp.bfloat16)
-    guided = guide(
-        lambda seen: one * (1.01 if seen.geo else 1.0), passes("joint", (7.5,))
+    guided = guided_by(
+        lambda seen: one * (1.01 if "geo" not in seen.without else 1.0),
+        passes("joint", (7.5,)),
     )
     exact = float(one[0] * 1.01) * 7.5 - 6.5
     assert guided.dtype == jnp.float32
@@ -149,4 +158,4 @@ def test_unknown_modes_and_wrong_numbers_of_scales_are_refused():
     with pytest.raises(ValueError, match="'none' takes 0 scales, got"):
         passes("none", (1.0,))
     with pytest.raises(ValueError, match="No passes"):
-        guide(lambda seen: jnp.ones(1), ())
+        guide((), np.zeros(0, np.float32))

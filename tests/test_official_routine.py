@@ -138,7 +138,7 @@ def assert_close(ours, expected, tolerance):
 def solve(dit, conditions, negative_text, noise, settings):
     """Run solver and guidance, keeping every step's state and both velocities."""
     count = settings["steps"]
-    weighted = passes("text", (settings["guide"],))
+    weights, seen = zip(*passes("text", (settings["guide"],)), strict=True)
 
     @jax.jit
     def run(dit, conditions, negative_text, noise):
@@ -146,14 +146,14 @@ def solve(dit, conditions, negative_text, noise, settings):
             latents = jnp.concatenate([x, conditions.first_frame], axis=-1)
             made = {}
 
-            def velocity_of(seen):
-                text = negative_text if seen.negative_text else conditions.text
-                made[seen.negative_text] = dit(
+            def velocity_of(each):
+                text = negative_text if each.negative_text else conditions.text
+                made[each.negative_text] = dit(
                     latents, timestep[None], text, conditions.image
                 )
-                return made[seen.negative_text]
+                return made[each.negative_text]
 
-            guided = guide(velocity_of, weighted)
+            guided = guide(map(velocity_of, seen), np.float32(weights))
             now = dict(x=x, conditional=made[False], unconditional=made[True])
             kept = jax.tree.map(
                 lambda all, one: all.at[step].set(one), seen_so_far, now

@@ -1,9 +1,12 @@
 """Videos on disk while they are made: what is there at any moment, and in the end."""
 
+import base64
 import dataclasses
 import json
+import re
 
 import av
+import cv2
 import numpy as np
 import pytest
 import synthetic_city as synthetic
@@ -61,7 +64,7 @@ def test_all_files_are_written_and_say_what_was_used(city, job, whole):
     pictures = {"overview.png", "map.png"}
     videos = {"video.mp4", "conditions.mp4"}
     names = {path.name for path in whole.iterdir()}
-    assert names == pictures | videos | {"poses.tum", "generate.json"}
+    assert names == pictures | videos | {"poses.tum", "report.html", "generate.json"}
     frames, fps = read_video(whole / "video.mp4")
     assert (frames.shape, fps) == ((14, 32, 48, 3), 10.0)
     captures = np.concatenate([views.captures for views in job.views])
@@ -87,6 +90,17 @@ def test_poses_asked_for_are_a_tum_file(job, whole):
     np.testing.assert_allclose(rows[:, 0], np.arange(14) / 10)
     np.testing.assert_allclose(rows[:, 1:4], wanted[:, :3, 3], atol=1e-7)
     np.testing.assert_allclose(rows[:, 4:], [[0, 0, 0, 1]] * 14, atol=1e-5)
+
+
+def test_one_page_shows_all_and_needs_nothing_else(job, whole):
+    """The map and every clip as pictures of its own, no address of another file."""
+    page = (whole / "report.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == 1 + len(job.spans)
+    assert page.count("src=") + page.count("href=") == 1 + len(job.spans)
+    assert "Clip 3, frames 10 to 13" in page and "nobody (CC0-1.0)" in page
+    for text in re.findall(r"base64,([^\"]+)", page):
+        content = np.frombuffer(base64.b64decode(text), np.uint8)
+        assert cv2.imdecode(content, cv2.IMREAD_COLOR).size
 
 
 def test_the_video_says_that_it_is_synthetic_and_whose_pictures_it_rests_on(whole):

@@ -14,28 +14,28 @@ Text is the same in all passes but in the mode `text`; the image is the same in 
 The paper is silent on which conditions are guided and how far: *assumed*.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 
 class Pass(NamedTuple):
-    """One evaluation of the network: which conditions it sees."""
+    """One evaluation of the network: the names of the conditions that it lacks."""
 
-    pose: bool
-    geo: bool
+    without: frozenset[str] = frozenset()
     negative_text: bool = False
 
 
 WeightedPass = tuple[float, Pass]
 
-_FULL = Pass(pose=True, geo=True)
-_NEITHER = Pass(pose=False, geo=False)
-_NO_POSE = Pass(pose=False, geo=True)
-_NO_GEO = Pass(pose=True, geo=False)
-_NEGATIVE = Pass(pose=True, geo=True, negative_text=True)
+_FULL = Pass()
+_NEITHER = Pass(frozenset({"pose", "geo"}))
+_NO_POSE = Pass(frozenset({"pose"}))
+_NO_GEO = Pass(frozenset({"geo"}))
+_NEGATIVE = Pass(negative_text=True)
 
 # For each mode the passes from least to most guided: scale k leads from k to k + 1.
 _LADDERS = {
@@ -52,14 +52,12 @@ MODES = tuple(_LADDERS)
 def passes(
     mode: str,
     scales: Sequence[float | int] = (),
-    *,
-    pose: bool = True,
-    geo: bool = True,
+    without: Collection[str] = (),
 ) -> tuple[WeightedPass, ...]:
     """List the passes of a guidance mode with their weights, the full pass first.
 
-    `scales` holds (w,), for `nested` (w_p, w_g) and for `none` nothing. `pose=False` or
-    `geo=False` says that there is no such condition: it is off in every pass. Passes
+    `scales` holds (w,), for `nested` (w_p, w_g) and for `none` nothing. `without` names
+    conditions that there are not, "pose" or "geo": no pass sees them. Passes
     that become equal are merged, and those with weight 0 dropped: scale 1 costs one
     pass. Raises ValueError for an unknown mode or a wrong number of scales.
     """
@@ -77,25 +75,22 @@ def passes(
     around = (1.0, *(float(scale) for scale in scales), 0.0)
     weights: dict[Pass, float] = {}
     for k in reversed(range(len(ladder))):
-        seen = ladder[k]._replace(
-            pose=ladder[k].pose and pose, geo=ladder[k].geo and geo
-        )
+        seen = ladder[k]._replace(without=ladder[k].without | frozenset(without))
         weights[seen] = weights.get(seen, 0.0) + around[k] - around[k + 1]
     return tuple((weight, seen) for seen, weight in weights.items() if weight != 0)
 
 
 def guide(
-    velocity_of_pass: Callable[[Pass], Float[Array, "*shape"]],
-    weighted_passes: Sequence[WeightedPass],
+    velocities: Iterable[Float[Array, "*shape"]],
+    weights: Float[Array | np.ndarray, " passes"],
 ) -> Float32[Array, "*shape"]:
     """Sum the velocities of the passes by their weights, in float32.
 
-    `velocity_of_pass` is called once for each pass and for no other.
+    Weights may be arguments of a jitted function: other scales do not compile again.
     """
     total = None
-    for weight, seen in weighted_passes:
-        velocity = velocity_of_pass(seen).astype(jnp.float32)
-        term = velocity if weight == 1 else weight * velocity
+    for weight, velocity in zip(weights, velocities, strict=True):
+        term = weight * velocity.astype(jnp.float32)
         total = term if total is None else total + term
     if total is None:
         raise ValueError("No passes to guide with; passes(mode, scales) lists them.")

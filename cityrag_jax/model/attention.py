@@ -10,6 +10,7 @@ the forward kernel again.
 Source of the layers: Wan-Video/Wan2.1, wan/modules/model.py.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -163,6 +164,26 @@ def _splash(q, k, v, kv_length, scale, name=None):
     return rearrange(out[:, :, :queries], "B N L K -> B L N K")
 
 
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["whole"]
+)
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Keys and values of a source, heads apart; all the queries of a clip may use them.
+
+    On a mesh, `whole` says that each device has all tokens of some heads already, else
+    some tokens of all heads.
+    """
+
+    k: Float[Array, "*layers B S N K"] | None
+    v: Float[Array, "*layers B S N K"]
+    whole: bool = False
+
+    def gathered(self) -> "Keys":
+        """Exchange tokens for heads, once for all that will look at them."""
+        return Keys(*map(parallel.split_heads, (self.k, self.v)), whole=True)
+
+
 class Attention(nnx.Module):
     """Projections q, k, v, o with RMS norms of q and k over the full width."""
 
@@ -198,8 +219,8 @@ class Attention(nnx.Module):
 class RotaryAttention(Attention):
     """Attention between token grids with rotary positions on both sides.
 
-    Self-attention when `source` is `x`; CityRAG's geo attention when it is not. `name`
-    is what rematerialisation knows the kernel's residuals by.
+    Self-attention when the keys are of `x`; CityRAG's geo attention when they are not.
+    `name` is what rematerialisation knows the kernel's residuals by.
     """
 
     def __init__(self, dim, num_heads, eps, *, name=None, dtype, param_dtype, rngs):
@@ -207,43 +228,53 @@ class RotaryAttention(Attention):
         super().__init__(dim, num_heads, eps, **kinds)
         self.name = name
 
+    def keys(
+        self, source: Float[Array, "B S D"], angles: Float[Array, "S R 2"]
+    ) -> Keys:
+        """Make the keys and values of a source, whose tokens stand at `angles`."""
+        k = rotate(self.heads(self.norm_k(self.k(source))), angles)
+        return Keys(k, self.heads(self.v(source)))
+
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        source: Float[Array, "B S D"],
         x_angles: Float[Array, "L R 2"],
-        source_angles: Float[Array, "S R 2"],
-        source_length: Int[Array, " B"] | None = None,
+        keys: Keys,
+        length: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         # The logits' scale goes into the queries while they are float32: behind that it
         # would be one more rounding of each, and splash has no other place for it.
         scale = self.head_dim**-0.5
         q = rotate(self.heads(self.norm_q(self.q(x))), x_angles * scale)
-        k = rotate(self.heads(self.norm_k(self.k(source))), source_angles)
-        v = self.heads(self.v(source))
         kernel = partial(attend, scale=1.0, name=self.name)
-        out = parallel.exchange_heads(kernel, q, k, v, source_length)
-        return self.project_out(out)
+        exchange = partial(parallel.exchange_heads, whole_keys=keys.whole)
+        return self.project_out(exchange(kernel, q, keys.k, keys.v, length))
 
 
 class TextAttention(Attention):
     """Cross-attention to the text rows; no positions, and padding rows take part.
 
-    A single row takes all the weight, whatever the queries: the result is then one
-    vector a clip.
+    A single row takes all the weight, whatever the queries: its value is the result,
+    one vector a clip, and there is no key.
     """
 
-    def __call__(
-        self, x: Float[Array, "B L D"], text: Float[Array, "B S D"], image: None = None
-    ) -> Float[Array, "B _ D"]:
+    def keys(self, text: Float[Array, "B S D"], image: None = None) -> tuple[Keys, ...]:
+        """Make the keys and values of the text rows."""
         if text.shape[1] == 1:
-            return self.project_out(self.heads(self.v(text)))
-        q = self.heads(self.norm_q(self.q(x)))
-        return self.project_out(self._attend(q, text, self.k, self.v, self.norm_k))
+            return (Keys(None, self.heads(self.v(text))),)
+        return (self._keys(text, self.k, self.v, self.norm_k),)
 
-    def _attend(self, q, context, key, value, norm):
-        k = self.heads(norm(key(context)))
-        return parallel.share_keys(attend, q, k, self.heads(value(context)))
+    def __call__(
+        self, x: Float[Array, "B L D"], keys: tuple[Keys, ...]
+    ) -> Float[Array, "B _ D"]:
+        if keys[0].k is None:
+            return self.project_out(keys[0].v)
+        q = self.heads(self.norm_q(self.q(x)))
+        out = [parallel.share_keys(attend, q, each.k, each.v) for each in keys]
+        return self.project_out(sum(out[1:], start=out[0]))
+
+    def _keys(self, rows, key, value, norm):
+        return Keys(self.heads(norm(key(rows))), self.heads(value(rows)))
 
 
 class ImageTextAttention(TextAttention):
@@ -256,13 +287,11 @@ class ImageTextAttention(TextAttention):
         self.v_img = Linear(dim, dim, axes=("embed", "heads"), **kinds)
         self.norm_k_img = RMSNorm(dim, eps, param_dtype=param_dtype)
 
-    def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        text: Float[Array, "B S D"],
-        image: Float[Array, "B I D"],
-    ) -> Float[Array, "B L D"]:
-        q = self.heads(self.norm_q(self.q(x)))
-        out = self._attend(q, text, self.k, self.v, self.norm_k)
-        out = out + self._attend(q, image, self.k_img, self.v_img, self.norm_k_img)
-        return self.project_out(out)
+    def keys(
+        self, text: Float[Array, "B S D"], image: Float[Array, "B I D"]
+    ) -> tuple[Keys, ...]:
+        """Make the keys and values of the text rows and of the image rows."""
+        return (
+            self._keys(text, self.k, self.v, self.norm_k),
+            self._keys(image, self.k_img, self.v_img, self.norm_k_img),
+        )

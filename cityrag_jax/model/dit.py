@@ -6,7 +6,7 @@ Source: Wan-Video/Wan2.1, wan/modules/model.py.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from cityrag_jax.batch import PATCH, Conditions, token_grid
 from cityrag_jax.model.attention import (
     ImageTextAttention,
+    Keys,
     RotaryAttention,
     TextAttention,
 )
@@ -155,6 +156,22 @@ class TokenGrid:
     length: Int[Array, " B"] | None
 
 
+class Stream(NamedTuple):
+    """Tokens on their way through the blocks: as they start, their times and places."""
+
+    x: Float[Array, "B L D"]
+    time: Float[Array, "B D"]
+    time6: Float[Array, "B 6 D"]
+    grid: TokenGrid
+
+
+class Context(NamedTuple):
+    """Embedded rows of text and image, or every block's keys of them (stacked)."""
+
+    rows: tuple[Float[Array, "B S D"], Float[Array, "B I D"] | None] | None
+    keys: tuple[Keys, ...] | None = None
+
+
 class Branch(nnx.Module):
     """A condition's way into the blocks: `layers` are stacked, the hooks see one.
 
@@ -167,6 +184,10 @@ class Branch(nnx.Module):
     def prepare(self, conditions: Conditions) -> Prepared:
         """Do whatever is the same for every timestep and block."""
         raise NotImplementedError
+
+    def with_keys(self, prepared: Prepared) -> Prepared:
+        """Do what is the same for every timestep alone: memory for each block."""
+        return prepared
 
     def after_self_attention(
         self,
@@ -218,17 +239,20 @@ class Block(nnx.Module):
         self.eps = config.eps
 
     def __call__(self, x, time, context, grid, hooks):
+        """Run the block; `context` holds its cross-attention's keys."""
         attention, feed_forward = self.modulations(time)
 
         m = attention.modulate(x, self.eps)
         x = add(
             x,
             attention.gate
-            * self.self_attention(m, m, grid.angles, grid.angles, grid.length),
+            * self.self_attention(
+                m, grid.angles, self.self_attention.keys(m, grid.angles), grid.length
+            ),
         )
         for branch, layer, prepared in hooks:
             x = branch.after_self_attention(layer, x, attention, grid, prepared)
-        x = add(x, self.cross_attention(self.cross_norm(x), *context))
+        x = add(x, self.cross_attention(self.cross_norm(x), context))
         m = feed_forward.modulate(x, self.eps)
         x = add(x, feed_forward.gate * self.ffn(m))
         for branch, layer, prepared in hooks:
@@ -308,13 +332,39 @@ class WanDiT(nnx.Module):
         self.branches = nnx.data(tuple(branches))
 
     def prepare(
-        self, conditions: Conditions, *, pose: bool = True, geo: bool = True
+        self,
+        conditions: Conditions,
+        *,
+        without: Collection[str] = (),
+        keep_keys: bool = False,
     ) -> tuple[Prepared | None, ...]:
-        """Prepare every branch once a clip; a dropped one is None and not computed."""
-        wanted = {"pose": pose, "geo": geo}
-        return tuple(
-            branch.prepare(conditions) if wanted[branch.condition] else None
+        """Prepare every branch once a clip; one whose condition is dropped is None.
+
+        `without` drops conditions by name: their branches are not computed. `keep_keys`
+        is for sampling, where the same keys serve all steps.
+        """
+        ready = [
+            None if branch.condition in without else branch.prepare(conditions)
             for branch in self.branches
+        ]
+        if keep_keys:
+            pairs = zip(self.branches, ready, strict=True)
+            ready = [one and branch.with_keys(one) for branch, one in pairs]
+        return tuple(ready)
+
+    def prepare_context(
+        self,
+        text: Float[Array, "B S E"],
+        image: Float[Array, "B 257 I"] | None = None,
+        *,
+        keep_keys: bool = False,
+    ) -> Context:
+        """Embed text and image once a clip, with `keep_keys` make all blocks' keys."""
+        rows = self.embed_context(text, image)
+        if not keep_keys:
+            return Context(rows)
+        return Context(
+            None, jax.lax.map(lambda b: b.cross_attention.keys(*rows), self.blocks)
         )
 
     def __call__(
@@ -325,22 +375,33 @@ class WanDiT(nnx.Module):
         image: Float[Array, "B 257 I"] | None = None,
         prepared: tuple[Prepared | None, ...] = (),
     ) -> Float[Array, "B t h w O"]:
-        """Predict noise minus data, float32.
+        """Predict noise minus data, float32: `start`, `run` and `finish`.
 
         `latents`: noise channels, then for image-to-video 4 mask and 16 image channels.
         `timesteps` in [0, 1000]. `text` is padded with zeros to `text_len`, and the
         padding is attended to. `prepared` is what `prepare` gave, or empty.
         """
+        stream = self.start(latents, timesteps)
+        x = self.run(stream, self.prepare_context(text, image), prepared)
+        return self.finish(stream, x)
+
+    def start(
+        self, latents: Float[Array, "B t h w C"], timesteps: Float[Array, " B"]
+    ) -> Stream:
+        """Embed latents and times: what a step cache computes in every step."""
         time, time6 = self.embed_time(timesteps)
-        context = self.embed_context(text, image)
         shape = token_grid(latents.shape[1:4])
         x = self.patch_embedding(patchify(latents)).astype(self.config.stream_dtype)
         x, angles, length = pad_tokens(x, rotary_angles(shape, self.config.head_dim))
         x = shard(x, "batch", "tokens", None)
-        grid = TokenGrid(shape, angles, length)
-        x = self._run_blocks(x, time6, context, grid, prepared)
-        x = self.head(x, time)[:, : int(np.prod(shape))]
-        return unpatchify(x, shape)
+        return Stream(x, time, time6, TokenGrid(shape, angles, length))
+
+    def finish(
+        self, stream: Stream, x: Float[Array, "B L D"]
+    ) -> Float[Array, "B t h w O"]:
+        """Make the velocity of what the blocks made of the tokens."""
+        shape = stream.grid.shape
+        return unpatchify(self.head(x, stream.time)[:, : int(np.prod(shape))], shape)
 
     def embed_time(
         self, timesteps: Float[Array, " B"]
@@ -369,7 +430,13 @@ class WanDiT(nnx.Module):
         text = self.text_embedding(jnp.pad(text, ((0, 0), (0, missing), (0, 0))))
         return text, None if image is None else self.image_embedding(image)
 
-    def _run_blocks(self, x, time, context, grid, prepared):
+    def run(
+        self,
+        stream: Stream,
+        context: Context,
+        prepared: tuple[Prepared | None, ...] = (),
+    ) -> Float[Array, "B L D"]:
+        """Run all blocks on the tokens."""
         active = [
             (branch, ready)
             for branch, ready in zip(self.branches, prepared, strict=bool(prepared))
@@ -377,15 +444,17 @@ class WanDiT(nnx.Module):
         ]
 
         def step(x, layer):
-            block, branch_layers, layerwise = layer
+            block, branch_layers, layerwise, keys = layer
             x = checkpoint_name(x, BLOCK_INPUT)
+            if keys is None:
+                keys = block.cross_attention.keys(*context.rows)
             hooks = [
                 (branch, branch_layer, ready._replace(layerwise=own))
                 for (branch, ready), branch_layer, own in zip(
                     active, branch_layers, layerwise, strict=True
                 )
             ]
-            return block(x, time, context, grid, hooks), None
+            return block(x, stream.time6, keys, stream.grid, hooks), None
 
         if self.config.remat:
             policy = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -397,8 +466,8 @@ class WanDiT(nnx.Module):
             step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         layers = [branch.layers for branch, _ in active]
         layerwise = [ready.layerwise for _, ready in active]
-        stacks = self.blocks, layers, layerwise
-        return jax.lax.scan(step, x, stacks, unroll=self.config.unroll)[0]
+        stacks = self.blocks, layers, layerwise, context.keys
+        return jax.lax.scan(step, stream.x, stacks, unroll=self.config.unroll)[0]
 
 
 def patchify(latents: Float[Array, "B t h w C"]) -> Float[Array, "B L P"]:

@@ -11,13 +11,15 @@ are duplicated from the base's self-attention and trained.
 """
 
 from functools import reduce
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cityrag_jax.batch import PATCH, Conditions, token_grid
-from cityrag_jax.model.attention import RotaryAttention
+from cityrag_jax.model.attention import Keys, RotaryAttention
 from cityrag_jax.model.dit import (
     Branch,
     DiTConfig,
@@ -54,6 +56,23 @@ class GeoLayer(nnx.Module):
         self.attention.o.kernel.set_value(
             jnp.zeros_like(self.attention.o.kernel.get_value())
         )
+
+
+class Seen(NamedTuple):
+    """What all blocks see of a condition video: normalised tokens and their angles.
+
+    `length` counts those that are real; `keep` is 0 for clips that drop the condition.
+    Tokens are None where the keys of all blocks were made of them.
+    """
+
+    tokens: Float[Array, "B S D"] | None
+    angles: Float[Array, "S R 2"]
+    length: Int[Array, " B"]
+    keep: Float[Array, "B 1 1"] | None
+
+    def keys(self, layer: GeoLayer) -> Keys:
+        """Make the keys and values of a block."""
+        return layer.attention.keys(layer.norm.affine(self.tokens), self.angles)
 
 
 class GeoBranch(Branch):
@@ -113,7 +132,13 @@ class GeoBranch(Branch):
         keep = conditions.keep_geo
         if keep is not None:
             keep = keep.astype(jnp.float32)[:, None, None]
-        return Prepared((normalise(tokens, self.eps), angles, length, keep))
+        return Prepared(Seen(normalise(tokens, self.eps), angles, length, keep))
+
+    def with_keys(self, prepared: Prepared) -> Prepared:
+        """Make the keys and values of all blocks, heads split over the devices."""
+        seen = prepared.shared
+        keys = jax.lax.map(lambda layer: seen.keys(layer).gathered(), self.layers)
+        return Prepared(seen._replace(tokens=None), keys)
 
     def after_self_attention(
         self,
@@ -124,16 +149,13 @@ class GeoBranch(Branch):
         prepared: Prepared,
     ) -> Float[Array, "B L D"]:
         """Add what the block's geo attention reads from the condition."""
-        tokens, angles, length, keep = prepared.shared
-        out = layer.attention(
-            modulation.modulate(x, self.eps),
-            layer.norm.affine(tokens),
-            grid.angles,
-            angles,
-            length,
-        )
+        seen, keys = prepared.shared, prepared.layerwise
+        if keys is None:
+            keys = seen.keys(layer)
+        m = modulation.modulate(x, self.eps)
+        out = layer.attention(m, grid.angles, keys, seen.length)
         out = modulation.gate * out
-        return add(x, out if keep is None else keep * out)
+        return add(x, out if seen.keep is None else seen.keep * out)
 
 
 # What a new branch takes from the base, name by name; the rest stays as it is made:
