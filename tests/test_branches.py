@@ -177,6 +177,17 @@ def test_a_branch_may_start_with_the_output_projections_of_the_base(output, scal
         np.testing.assert_array_equal(target, expected)
 
 
+@pytest.mark.parametrize("output", ["zero", "copy"])
+def test_a_branch_keeps_its_type_beside_a_frozen_base_of_another(output):
+    half = dataclasses.replace(TINY, param_dtype=jnp.bfloat16)
+    base = WanDiT(half, rngs=nnx.Rngs(0))
+    branch = GeoBranch(TINY, output=output, rngs=nnx.Rngs(1))
+    copy_from_base(branch, base)
+    attention = branch.layers.attention
+    for linear in (attention.q, attention.o, branch.patch_embedding):
+        assert linear.kernel.get_value().dtype == jnp.float32
+
+
 def test_another_start_of_the_output_projections_is_refused():
     with pytest.raises(ValueError, match="'one'; choose of .*scaled_copy"):
         GeoBranch(TINY, output="one", rngs=nnx.Rngs(1))

@@ -16,16 +16,19 @@ from cityrag_jax import train as trainer
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import (
     Bundle,
+    abstract_model,
     draw_parameters,
     latest_model,
     new_model,
+    parameter_shardings,
+    parameters,
     save_bundle,
 )
 from cityrag_jax.parallel import make_mesh
 from cityrag_jax.training import start as start_values
 from cityrag_jax.training.optimizer import split_frozen
 from cityrag_jax.training.program import abstract_clips, assumed_start, make_program
-from cityrag_jax.training.tasks import describe_model
+from cityrag_jax.training.tasks import describe_model, make_task
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +169,21 @@ def test_the_start_model_is_garbage_once_training_starts(folder, tmp_path, monke
     monkeypatch.setattr(trainer, "read_start", read)
     _look(monkeypatch, config, tmp_path, look)
     assert len(kept) == 2 and len(seen) == 1
+
+
+def test_a_frozen_base_in_its_computing_type_is_the_starts_own(folder):
+    """Cast to float32 first, the 14B's would take 66 GB more of one card."""
+    config = _config(folder, train__init_from=str(folder / "started"))
+    start = latest_model(folder / "started", dtype=jnp.bfloat16)
+    task = make_task(config, start)
+    shardings = parameter_shardings(abstract_model(task.description), None)
+    frozen = {n: jnp.dtype("bfloat16") for n in shardings if n.startswith("blocks.")}
+    made = task.initial_parameters(start, shardings, frozen)
+    given = parameters(start.modules["transformer"])
+    for name, x in made.items():
+        same = x.unsafe_buffer_pointer() == given[name].unsafe_buffer_pointer()
+        assert same == (name in frozen)
+        assert x.dtype == frozen.get(name, jnp.float32)
 
 
 def _random_clips(config, count):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int32
 
+from cityrag_jax.data import capture_checks as checks
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.retrieval import drive_edges
 
@@ -90,7 +91,10 @@ def read_columns(
 
 
 def check_captures(captures: Captures, header: CityHeader, source: str) -> None:
-    """Refuse columns that disagree, wrong poses, scattered drives, unknown licences."""
+    """Refuse columns that disagree, wrong poses, scattered drives, unknown licences.
+
+    What real recordings get wrong is refused by `capture_checks`.
+    """
     for field in dataclasses.fields(Captures):
         length = len(getattr(captures, field.name))
         if length != len(captures):
@@ -118,6 +122,12 @@ def check_captures(captures: Captures, header: CityHeader, source: str) -> None:
             f"{source}: capture {k + 1}, taken at {captures.time_s[k + 1]} s, follows "
             f"capture {k} of its drive at {captures.time_s[k]} s; sort by time."
         )
+    position_m = captures.ecef_from_camera[:, :3, 3]
+    checks.check_anchor(captures.ecef_from_camera, header.anchor, source)
+    checks.check_precision(position_m, source)
+    checks.check_upright(captures.ecef_from_camera, source)
+    checks.check_times(captures.time_s, source)
+    checks.check_speed(position_m, captures.time_s, edges, source)
     for name, table in (
         ("licence", header.licences),
         ("attribution", header.attributions),

@@ -178,10 +178,12 @@ def copy_from_base(branch: GeoBranch, base: WanDiT) -> None:
     for ours, theirs in FROM_BASE.items():
         target = reduce(getattr, ours.split("."), branch)
         source = reduce(getattr, theirs.split("."), base).get_value()
-        target.set_value(jnp.array(source[: target.shape[0]]))
+        kind = target.get_value().dtype  # a frozen base may be in another type
+        target.set_value(jnp.array(source[: target.shape[0]], kind))
     if branch.output == "zero":
         return
     scale = OUTPUT_SCALE if branch.output == "scaled_copy" else 1
     ours, theirs = branch.layers.attention.o, base.blocks.self_attention.o
     for target, source in ((ours.kernel, theirs.kernel), (ours.bias, theirs.bias)):
-        target.set_value(scale * source.get_value())
+        kind = target.get_value().dtype
+        target.set_value((scale * source.get_value()).astype(kind))

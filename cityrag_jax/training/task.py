@@ -71,11 +71,16 @@ class Task(abc.ABC):
         self._abstract = abstract_model(description)
 
     def initial_parameters(
-        self, start: Bundle | None, shardings: Mapping[str, Sharding]
+        self,
+        start: Bundle | None,
+        shardings: Mapping[str, Sharding],
+        frozen: Mapping[str, np.dtype] | None = None,
     ) -> Params:
         """Give the parameters to start from, on their shards; what is missing is drawn.
 
-        Where type and shards are as in the start, its arrays themselves are given.
+        Where type and shards are as in the start, its arrays themselves are given. So
+        are those of `frozen` that the start has in the type there: a base of 14B in
+        float32 would not fit one device beside itself.
         """
         shapes = parameters(abstract_model(self.description))
         given = {}
@@ -86,7 +91,12 @@ class Task(abc.ABC):
             else:
                 check_start(given, shapes, start.origin)
         # The start may be stored in bfloat16; what is trained keeps its own type.
-        given = {name: x.astype(shapes[name].dtype) for name, x in given.items()}
+        kept = {n for n in frozen or {} if n in given}
+        kept = {n for n in kept if given[n].dtype == frozen[n]}
+        given = {
+            name: x if name in kept else x.astype(shapes[name].dtype)
+            for name, x in given.items()
+        }
         missing = {name: s for name, s in shardings.items() if name not in given}
         fresh = self._draw_parameters(missing) if missing else {}
         if not given:
