@@ -3,7 +3,7 @@
     python -m cityrag_jax.generate --config=configs/toy_city.py --checkpoint=DIR \\
         --city=DIR --image=photo.jpg --path=path.geojson --out=DIR
         [--config.sample.key=value ...] [--seed=0] [--without=geo] [--text=text.npy]
-        [--mesh=sequence:4]
+        [--speed-m-s=4] [--stops=12:2.5] [--mesh=sequence:4]
 
 The photo stands at the path's first place and looks along it. The path is a
 GeoJSON, GPX or KML line, or a CSV of latitude, longitude and, if known, height. The
@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ml_collections import ConfigDict
 from cityrag_jax import report
 from cityrag_jax.checkpoint import TRUST, identify_model, trust
 from cityrag_jax.commands import Command, find_shipped
+from cityrag_jax.data.inventory import driven_spacing_m
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
@@ -43,6 +45,7 @@ from cityrag_jax.generator import (
     with_mesh,
 )
 from cityrag_jax.geo.grounding import GAPS, WAYS, Retrieval
+from cityrag_jax.geo.trajectory import insert_stops
 from cityrag_jax.parallel import (
     DISTRIBUTED,
     any_process,
@@ -206,6 +209,39 @@ class Parking:
         return self._asked
 
 
+def read_stops(text: str) -> list[tuple[float, float]]:
+    """Read stops such as "12:2.5,40:5": metres along the path, and seconds."""
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        return [(float(at_m), float(time_s)) for at_m, time_s in pairs]
+    except ValueError:
+        raise ValueError(
+            f"--stops={text}: write metres:seconds, such as --stops=12:2.5,40:5."
+        ) from None
+
+
+def read_poses(given: argparse.Namespace, city: City) -> Float64[np.ndarray, "N 4 4"]:
+    """Read the path at the speed asked for, with its stops.
+
+    Warns of a speed at which nobody drove the city: on it, models know no such clips.
+    """
+    sample = given.config.sample
+    fps, spacing_m = float(sample.fps), float(sample.spacing_m)
+    if given.speed_m_s is not None:
+        spacing_m = given.speed_m_s / fps
+    poses = read_path(given.path, city, spacing_m)
+    low, high = driven_spacing_m(city)
+    middle = (low + high) / 2 * fps
+    if not 0.9 * low <= spacing_m <= 1.1 * high and is_writer():
+        print(
+            f"warning: {spacing_m:.2f} m between frames ({spacing_m * fps:.1f} m/s); "
+            f"drives of {city.name} went {low:.2f} to {high:.2f} m, and a model "
+            f"trained on such knows no other. Try --speed-m-s={middle:.1f}.",
+            file=sys.stderr,
+        )
+    return insert_stops(poses, spacing_m, fps, read_stops(given.stops))
+
+
 def read_request(given: argparse.Namespace) -> Request:
     """Read what the command line names."""
     config = with_mesh(given.config, given.mesh)
@@ -215,7 +251,7 @@ def read_request(given: argparse.Namespace) -> Request:
         find_shipped(given.checkpoint),
         city,
         read_image(given.image),
-        read_path(given.path, city, float(config.sample.spacing_m)),
+        read_poses(given, city),
         seed=given.seed,
         without=tuple(name for name in given.without.split(",") if name),
         text=None if given.text is None else read_text(given.text),
@@ -225,6 +261,8 @@ def read_request(given: argparse.Namespace) -> Request:
 
 
 RETRIEVAL = "captures for each pose, or as their drive went, with its stops"
+SPEED = "along the path; what config.sample.spacing_m and fps say if not given"
+STOPS = "where along the path the camera stands, and how long"
 GAPS_HELP = "where nothing was captured along the path"
 
 COMMAND = Command(__doc__)
@@ -237,6 +275,8 @@ COMMAND.needs("--out", help="folder to write to")
 COMMAND.takes(
     "--seed", type=int, default=0, help="of the noise; equal seeds, equal bytes"
 )
+COMMAND.takes("--speed-m-s", type=float, help=SPEED)
+COMMAND.takes("--stops", default="", metavar="METRES:SECONDS,...", help=STOPS)
 COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo")
 COMMAND.takes("--text", help="another prompt's rows, by tools/encode_prompt.py")
 COMMAND.takes("--retrieval", choices=WAYS, default=WAYS[0], help=RETRIEVAL)
@@ -256,6 +296,7 @@ def main(given: argparse.Namespace) -> int:
     report.open_folder(given.out)
     request = read_request(given)
     named = ("image", "path", "checkpoint", "text", "seed", "retrieval", "gaps")
+    named += ("speed_m_s", "stops")
     facts = {name: getattr(given, name) for name in named}
     facts |= {"without": list(request.without), "jax": jax.__version__}
     facts["config"] = json.loads(request.config.to_json())

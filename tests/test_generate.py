@@ -1,5 +1,6 @@
 """The door to generation: photos, paths, what is refused and what is written."""
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -20,6 +21,7 @@ from cityrag_jax.generate import (
     generate,
     generate_into,
     read_path,
+    read_poses,
     read_text,
 )
 from cityrag_jax.generator import with_text
@@ -161,3 +163,29 @@ def test_the_command_line_ends_in_one_line_of_error(tmp_path):
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path}")
     assert "Traceback" not in ended.stderr
+
+
+def test_speed_and_stops_are_those_of_the_command_line(city, tmp_path, capsys):
+    """At ten frames a second 5 m/s are half a metre; nobody drove 40 m/s here."""
+    enu = synthetic.line([0.5, 1, 2], 0, 2, 12.1)
+    ends = (ecef_from_enu(*synthetic.ANCHOR) @ enu)[:, :3, 3]
+    rows = zip(*geodetic_from_ecef(ends), strict=True)
+    file = tmp_path / "path.csv"
+    file.write_text("".join(f"{a:.10f},{b:.10f},{h:.4f}\n" for a, b, h in rows))
+    given = argparse.Namespace(
+        config=get_config("toy_city"), path=file, speed_m_s=5.0, stops="4:1.5,10:0.3"
+    )
+    poses = read_poses(given, city)
+    assert len(poses) == 25 + 15 + 3
+    steps = np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)
+    np.testing.assert_array_equal(
+        np.flatnonzero(steps == 0), [*range(8, 23), 35, 36, 37]
+    )
+    np.testing.assert_allclose(steps[steps > 0], 0.5, atol=1e-3)
+    assert capsys.readouterr().err == ""
+    given.speed_m_s, given.stops = 40.0, ""
+    assert len(read_poses(given, city)) == 4
+    assert "4.00 m between frames (40.0 m/s); drives" in capsys.readouterr().err
+    given.stops = "4"
+    with pytest.raises(ValueError, match="--stops=4: write metres:seconds"):
+        read_poses(given, city)

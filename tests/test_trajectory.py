@@ -178,3 +178,16 @@ def test_target_standing_at_its_end_or_always_is_no_exception():
     np.testing.assert_allclose(facing[11:], 0.1 + 0.02 * np.arange(1, 6), atol=1e-5)
     still = np.repeat(moving[:1], 8, axis=0)
     assert np.isfinite(trajectory.facing_yaw(still, straight(5))).all()
+
+
+def test_the_camera_stands_where_and_as_long_as_it_is_told():
+    """Two and a half seconds at ten frames are 25 frames more of one pose."""
+    poses = np.tile(np.eye(4), (5, 1, 1))
+    poses[:, 0, 3] = 0.5 * np.arange(5)
+    made = trajectory.insert_stops(poses, 0.5, 10.0, [(1.0, 2.5), (2.0, 0.2)])
+    places = [*[0.0, 0.5], *[1.0] * 26, 1.5, *[2.0] * 3]
+    np.testing.assert_array_equal(made[:, 0, 3], places)
+    np.testing.assert_array_equal(trajectory.insert_stops(poses, 0.5, 10.0, []), poses)
+    for stop in ((2.1, 1.0), (-0.1, 1.0), (1.0, 0.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="on the path, which is 2.0 m long"):
+            trajectory.insert_stops(poses, 0.5, 10.0, [stop])

@@ -53,6 +53,19 @@ def count_city(city: City, pairs: Pairs | None) -> dict[str, Any]:
     return facts
 
 
+def driven_spacing_m(city: City) -> tuple[float, float]:
+    """Give how far moving cameras of the city went between captures: 1 % and 99 %.
+
+    Raises ValueError for a city in which nothing moves.
+    """
+    steps_m = _steps(city)
+    moving_m = steps_m[steps_m > STANDING_M]
+    if len(moving_m) == 0:
+        raise ValueError(f"{city.folder}: no drive moves; rebuild the city.")
+    low, high = np.percentile(moving_m, (1, 99)).tolist()
+    return low, high
+
+
 def drive_facts(city: City, start: int, stop: int) -> dict[str, Any]:
     """Give the figures of one drive.
 

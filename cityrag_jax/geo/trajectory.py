@@ -6,6 +6,8 @@ Yaw turns about the camera's own y axis, positive to the right. Everything is fl
 except the relative poses, which a network reads.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float32, Float64
 from scipy.ndimage import gaussian_filter1d
@@ -128,6 +130,28 @@ def poses_along(
         places = resample_path(_smooth(dense, deviation), spacing_m)
     ahead = np.gradient(places[:, :2], axis=0)
     return level_poses(places, np.arctan2(ahead[:, 0], ahead[:, 1]))
+
+
+def insert_stops(
+    poses: Float64[np.ndarray, "N 4 4"],
+    spacing_m: float,
+    fps: float,
+    stops: Sequence[tuple[float, float]],
+) -> Float64[np.ndarray, "M 4 4"]:
+    """Let the camera stand on its way: each stop is metres along it, and seconds.
+
+    Raises ValueError for a stop that is not on the path, or no time.
+    """
+    counts = np.ones(len(poses), int)
+    length_m = (len(poses) - 1) * spacing_m
+    for at_m, time_s in stops:
+        if not (0 <= at_m <= length_m and time_s > 0):
+            raise ValueError(
+                f"A stop of {time_s} s at {at_m} m: stops last more than 0 s and lie "
+                f"on the path, which is {length_m:.1f} m long."
+            )
+        counts[round(at_m / spacing_m)] += round(time_s * fps)
+    return np.repeat(poses, counts, axis=0)
 
 
 def _smooth(points_m: np.ndarray, deviation: float) -> np.ndarray:
