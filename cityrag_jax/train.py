@@ -53,6 +53,7 @@ from cityrag_jax.training.examples import (
     open_cities,
     stream,
 )
+from cityrag_jax.training.latents import Latents, describe_latents
 from cityrag_jax.training.lock import WorkdirLock
 from cityrag_jax.training.log import (
     NoLog,
@@ -157,12 +158,13 @@ class _Training:
         config, program = self.config, self.program
         first = int(state.step)
         say(describe_start(config, program, first))
+        latents = self._open_latents(encoders)
         announce("compiling the update, beside what follows")
         update = self._compile_ahead()  # while the first clips are encoded
         encode = functools.partial(program.encode, encoders)
         announce("compiling the encoders, encoding held-out clips")
         held_out = held_out_examples(encode, self.sources, config, self.mesh)
-        batches = Waiting(self._batches(first, encode))
+        batches = Waiting(self._batches(first, encode, latents))
 
         def measure(state):
             """Average the held-out losses, of averaged parameters if there are any."""
@@ -280,9 +282,23 @@ class _Training:
             tensorboard=self.config.train.tensorboard,
         )
 
-    def _batches(self, first: int, encode) -> Iterator[Clip | Examples]:
+    def _open_latents(self, encoders: Encoders) -> Latents | None:
+        """Open the clips that are encoded already, which must fit all else."""
+        config = self.config
+        if not config.train.latents:
+            return None
+        latents = Latents(config.train.latents)
+        made_of = describe_latents(config, self.sources, encoders)
+        latents.check(made_of, self.program.batch)
+        return latents
+
+    def _batches(
+        self, first: int, encode: Callable[[Clip], Examples], latents: Latents | None
+    ) -> Iterator[Clip | Examples]:
         """Give what the updates take from step `first` on."""
         config = self.config
+        if latents is not None:
+            return latents.batches(config, first, self.mesh)
         if config.train.pool:
             return Pool(encode, self.sources, config, self.mesh, first)
         return stream(self.sources, config, first, self.mesh)

@@ -97,6 +97,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train.pool_start = 0
     config.train.fresh = 0
     config.train.encode_batch = 1
+    config.train.latents = ""  # a folder of tools/encode_latents.py instead
     config.train.unroll_blocks = 1
     config.train.stream_dtype = "float32"
     config.train.updates_per_call = 1

@@ -87,6 +87,7 @@ def _gpu() -> ConfigDict:
     config.train.pool_start = 4096
     config.train.fresh = 128  # clips that join the pool after a call, the oldest leave
     config.train.encode_batch = 32
+    config.train.latents = ""  # a folder of tools/encode_latents.py instead
     config.train.unroll_blocks = 7
     config.train.stream_dtype = "float32"
     config.train.updates_per_call = 50

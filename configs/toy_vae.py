@@ -75,6 +75,7 @@ def _gpu() -> ConfigDict:
     config.train.pool_start = 1024
     config.train.fresh = 32  # clips that join the pool after a call, the oldest leave
     config.train.encode_batch = 32
+    config.train.latents = ""  # a folder of tools/encode_latents.py instead
     config.train.updates_per_call = 25
     # Whole clips: trained on 9 frames it gave 32 dB on those and 14 dB behind them.
     config.train.window_frames = 33

@@ -61,6 +61,7 @@ MEANINGS = {
     "train.pool_start": "clips that must be encoded before training starts; 0: all",
     "train.fresh": "clips that join the pool after a call, the oldest leave",
     "train.encode_batch": "clips that are encoded together",
+    "train.latents": "folder of tools/encode_latents.py to read, instead of encoding",
     "train.unroll_blocks": "blocks side by side in the compiled loop",
     "train.stream_dtype": "of the residual stream: float32 or bfloat16",
     "train.updates_per_call": "updates in one compiled call; above 1 needs a pool",

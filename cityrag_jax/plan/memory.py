@@ -152,7 +152,8 @@ def encoder_work(config: ConfigDict, program: Program, mesh: dict[str, int]) -> 
 
     Target and condition of the clips at a time are shared among `sequence`.
     """
-    if config.train.pool or "vae" not in program.task.encoders:
+    encoded = config.train.pool or config.train.latents
+    if encoded or "vae" not in program.task.encoders:
         return 0.0
     vae, data = read_config(program.task.encoders["vae"]), config.data
     videos = math.ceil(2 * clips_at_once(config, mesh) / mesh["sequence"])

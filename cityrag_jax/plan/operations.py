@@ -127,7 +127,7 @@ def _backward(part: str, labels: Mapping[str, str]) -> int:
 def _encoders(config: ConfigDict, program: Program) -> Cost:
     """Count target, condition, first image and, if there is one, the CLIP tower."""
     data, batch = config.data, config.train.batch_size
-    if config.train.pool:
+    if config.train.pool or config.train.latents:
         return Cost()
     vae = read_config(program.task.encoders["vae"])
     frames = data.num_frames, data.condition_frames[1], GREY_FRAMES

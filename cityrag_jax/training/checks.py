@@ -19,7 +19,7 @@ from cityrag_jax.training.tasks import describe_model
 FREE_KEYS = (
     *("train.mesh.", "train.rules.", "train.max_seconds", "train.log_interval"),
     *("train.keep", "train.tensorboard", "train.micro_batches"),
-    *("train.checkpoint_minutes",),
+    *("train.checkpoint_minutes", "train.latents"),
     *("data.threads", "data.workers"),
     *("eval.table_clips", "eval.batch_size", "eval.noise_levels", "sample."),
 )
@@ -85,6 +85,11 @@ def check_config(config: ConfigDict) -> None:
         not t.pool or t.pool >= t.batch_size,
         f"train.pool {t.pool} is smaller than train.batch_size {t.batch_size}; use 0 "
         "to stream.",
+    )
+    require(
+        not t.latents or not t.pool,
+        f"train.latents is {t.latents!r} and train.pool {t.pool}: what is read needs "
+        "no pool; set it to 0.",
     )
     _check_calls(config, require)
     require(

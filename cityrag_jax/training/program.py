@@ -70,8 +70,9 @@ class Program:
         examples = encode(encoders, clips)
         losses = measure(params, encoders, examples, probe)        trained and frozen
 
-    `batch` is a `Clip` where the update encodes what it is streamed, else the pool of
-    examples that it draws from. Call and lower them with the mesh in context.
+    `batch` is a `Clip` where the update encodes what it is streamed, else a batch of
+    examples that are read, or the pool of those that it draws from. Call and lower them
+    with the mesh in context.
     """
 
     task: Task
@@ -221,18 +222,20 @@ def _abstract_encoders(
 def _abstract_batch(
     config: ConfigDict, task: Task, encoders: Encoders, mesh: Mesh | None
 ) -> Clip | Arrays:
-    """Give a batch of the stream, or the whole pool with the count of what is in it."""
+    """Give a batch of the stream, encoded or not, or the whole pool with its count."""
     train, rows = config.train, _rows(mesh)
-    if not train.pool:
+    if not train.pool and not train.latents:
         return abstract_clips(config.data, train.batch_size, rows)
     clips = abstract_clips(config.data, train.encode_batch, rows)
-    size = pool_size(config)
-    pool = {
+    size = pool_size(config) if train.pool else train.batch_size
+    examples = {
         name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=rows)
         for name, x in jax.eval_shape(task.encode, encoders, clips).items()
     }
+    if train.latents:
+        return examples
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=_sharding(mesh))
-    return pool | {"count": count}
+    return examples | {"count": count}
 
 
 def _rows(mesh: Mesh | None) -> Sharding:

@@ -127,6 +127,8 @@ def _frozen_first(stages: list[Stage], labels: Labels) -> list[Stage]:
 def _count_encoding(config: ConfigDict, program: Program) -> float:
     """Count what the autoencoder makes for one update: target, condition, image."""
     train, data = config.train, config.data
+    if train.latents:
+        return 0.0
     sizes = read_config(program.task.encoders["vae"])
     clips = train.fresh / train.updates_per_call if train.pool else train.batch_size
     lengths = (data.num_frames, data.condition_frames[1])

@@ -75,7 +75,7 @@ def read_base(workdir: Path, mesh: Mesh | None = None) -> Bundle:
 def begin(program: Program, start: Bundle | None, workdir: Path) -> Values:
     """Make the values of step 0 and write `base/`; takes the start's arrays over."""
     task = program.task
-    encoders = _open_encoders(program, start)
+    encoders = open_encoders(program, start)
     save_bundle(workdir / "base", task.base(encoders), overwrite=True)
     shardings = {name: x.sharding for name, x in program.parameters.items()}
     types = {name: x.dtype for name, x in program.frozen.items()}
@@ -108,7 +108,7 @@ def resume(
         )
     state = TrainState(groups.pop("step")["step"], **groups)
     frozen = load_frozen(workdir, program.frozen, program.stacked)
-    return state, frozen, _open_encoders(program, base)
+    return state, frozen, open_encoders(program, base)
 
 
 def _restore_newest(checkpoints, wanted, stacked):
@@ -147,7 +147,8 @@ def save(
     checkpoints.save(step, groups, notes, program.stacked)
 
 
-def _open_encoders(program: Program, start: Bundle | None) -> Encoders:
+def open_encoders(program: Program, start: Bundle | None) -> Encoders:
+    """Give a program's encoders, those of the start, and the prompt's rows."""
     encoders = {name: start.modules[name] for name in program.task.encoders}
     if program.task.text is None:
         return encoders

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip, Conditions
@@ -197,18 +197,9 @@ class CityRAG(Task):
         self, params, encoders, examples, sigma, noise, keep_pose, keep_geo
     ):
         model = with_parameters(self._abstract, params)
-        latents, text = examples["latents"], encoders["text"]
+        latents = examples["latents"]
         noisy = flow.interpolate(latents, noise, sigma)
-        conditions = Conditions(
-            text=jnp.broadcast_to(text[None], (len(latents), *text.shape)),
-            image=examples.get("image"),
-            first_frame=examples["first_frame"],
-            geo_latents=examples["geo_latents"],
-            geo_length=examples["geo_length"],
-            keep_geo=keep_geo,
-            poses=examples["poses"],
-            keep_pose=keep_pose,
-        )
+        conditions = conditions_of(examples, encoders["text"], keep_pose, keep_geo)
         velocity = model(
             jnp.concatenate([noisy, conditions.first_frame], axis=-1),
             flow.timesteps_of(sigma),
@@ -217,6 +208,25 @@ class CityRAG(Task):
             model.prepare(conditions),
         )
         return flow.loss(velocity, noise, latents)
+
+
+def conditions_of(
+    examples: Examples,
+    text: Float[Array, "S E"],
+    keep_pose: Float[Array, " B"],
+    keep_geo: Float[Array, " B"],
+) -> Conditions:
+    """Put together what the transformer is told of examples."""
+    return Conditions(
+        text=jnp.broadcast_to(text[None], (len(keep_geo), *text.shape)),
+        image=examples.get("image"),
+        first_frame=examples["first_frame"],
+        geo_latents=examples["geo_latents"],
+        geo_length=examples["geo_length"],
+        keep_geo=keep_geo,
+        poses=examples["poses"],
+        keep_pose=keep_pose,
+    )
 
 
 def add_input_channels(given: Arrays, shapes: Arrays) -> Arrays:
