@@ -39,7 +39,12 @@ def main(given: argparse.Namespace) -> None:
     config, sample = given.config, given.config.sample
     ((city, pairs),) = open_cities(str(given.city))
     clips = held_out_clips(
-        city, pairs, clip_config(config.data), given.clips, seed=config.eval.seed
+        city,
+        pairs,
+        clip_config(config.data),
+        given.clips,
+        seed=config.eval.seed,
+        min_rotation_deg=config.eval.min_rotation_deg,
     )
     checkpoint = find_shipped(given.checkpoint)
     generator = open_generator(config, checkpoint, cities=[city])
