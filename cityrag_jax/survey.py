@@ -229,7 +229,7 @@ def main(given: argparse.Namespace) -> None:
     city = City(given.city)
     print(describe_city(survey_city(city, out)))
     if given.path:
-        poses = read_path(given.path, city, given.spacing_m)
+        poses = read_path(given.path, city, given.spacing_m, given.fps)
         config = ClipConfig(
             height=given.height, width=given.width, fov_deg=given.fov_deg
         )

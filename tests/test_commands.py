@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -218,3 +219,18 @@ def test_a_door_says_one_line_and_exits_2(tmp_path):
     assert ended.returncode == 2 and not ended.stdout
     assert ended.stderr.count("\n") == 1 and "sample.nope" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_every_message_of_the_page_is_said_somewhere():
+    """The words between what differs stand in the code, so the page stays true."""
+    page = (ROOT / "cityrag_jax" / "commands" / "README.md").read_text()
+    files = [*(ROOT / "cityrag_jax").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    # Strings broken over lines are joined, and what is filled in is left out.
+    code = " ".join(path.read_text() for path in files)
+    code = re.sub(r'"\s+f?"', "", code)
+    said = re.sub(r"\{[^{}]*\}", "*", code)
+    rows = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(rows) > 12
+    for message in rows:
+        for words in re.split(r"\b(?:NAME|N|M)\b", message):
+            assert words.strip(" :") in said, message

@@ -203,7 +203,8 @@ def read_header(folder: Path) -> CityHeader:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
     _check_header(fields, path)
-    for name in ("anchor", "licences", "attributions"):
+    fields["anchor"] = tuple(map(float, fields["anchor"]))
+    for name in ("licences", "attributions"):
         fields[name] = tuple(fields[name])
     return CityHeader(**fields)
 

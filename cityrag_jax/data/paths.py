@@ -9,6 +9,7 @@ from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_geodetic
 from cityrag_jax.geo.matching import fill_heights
 from cityrag_jax.geo.path_files import SUFFIXES, parse_path
+from cityrag_jax.geo.script import look_around, parse_script
 from cityrag_jax.geo.trajectory import poses_on_earth
 
 LONGEST_M = 100_000.0
@@ -16,15 +17,25 @@ MOST_POSES = 1_000_000
 
 
 def read_path(
-    path: Path | str, city: City, spacing_m: float
+    path: Path | str, city: City, spacing_m: float, fps: float = 10.0
 ) -> Float64[np.ndarray, "N 4 4"]:
-    """Read a path file as camera poses on Earth, one every `spacing_m`."""
+    """Read a path as camera poses on Earth, one every `spacing_m`.
+
+    A .txt is a camera script, whose seconds are `fps` poses long.
+    """
     path = Path(path)
     text = read_words(path)
     try:
-        places = fill_heights(city.index, parse_path(text, path.name))
+        script = None
+        if path.suffix.lower() == ".txt":
+            script = parse_script(text, path.name)
+        drawn = parse_path(text, path.name) if script is None else script.corners
+        places = fill_heights(city.index, drawn)
         _check_length(places, spacing_m)
-        return poses_on_earth(places, spacing_m)
+        poses = poses_on_earth(places, spacing_m)
+        if script is None:
+            return poses
+        return look_around(poses, script.looks, spacing_m, fps)
     except ValueError as error:
         if path.name in str(error):
             raise
@@ -47,7 +58,7 @@ def read_words(path: Path) -> str:
     """Read a text file in UTF-8 or, as Excel may write it, UTF-16 with its mark."""
     if not path.is_file():
         raise ValueError(
-            f"{path} does not exist; give a path as .{', .'.join(SUFFIXES)}."
+            f"{path} does not exist; give a path as .{', .'.join(SUFFIXES)} or .txt."
         )
     content = path.read_bytes()
     code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
