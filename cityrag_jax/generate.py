@@ -45,6 +45,7 @@ from cityrag_jax.generator import (
     with_mesh,
 )
 from cityrag_jax.geo.grounding import GAPS, WAYS, Retrieval
+from cityrag_jax.geo.photo import level_photo, parse_photo_pose, start_at_photo
 from cityrag_jax.geo.trajectory import insert_stops
 from cityrag_jax.parallel import (
     DISTRIBUTED,
@@ -229,7 +230,7 @@ def read_poses(given: argparse.Namespace, city: City) -> Float64[np.ndarray, "N 
     fps, spacing_m = float(sample.fps), float(sample.spacing_m)
     if given.speed_m_s is not None:
         spacing_m = given.speed_m_s / fps
-    poses = read_path(given.path, city, spacing_m)
+    poses = read_path(given.path, city, spacing_m, fps)
     low, high = driven_spacing_m(city)
     middle = (low + high) / 2 * fps
     if not 0.9 * low <= spacing_m <= 1.1 * high and is_writer():
@@ -246,12 +247,17 @@ def read_request(given: argparse.Namespace) -> Request:
     """Read what the command line names."""
     config = with_mesh(given.config, given.mesh)
     city = City(given.city)
+    photo, poses = read_image(given.image), read_poses(given, city)
+    if given.photo_pose is not None:
+        clips, pose = clip_config(config.data), parse_photo_pose(given.photo_pose)
+        photo = level_photo(photo, pose, clips.height, clips.width, clips.fov_deg)
+        poses = start_at_photo(poses, pose)
     return Request(
         config,
         find_shipped(given.checkpoint),
         city,
-        read_image(given.image),
-        read_poses(given, city),
+        photo,
+        poses,
         seed=given.seed,
         without=tuple(name for name in given.without.split(",") if name),
         text=None if given.text is None else read_text(given.text),
@@ -261,6 +267,7 @@ def read_request(given: argparse.Namespace) -> Request:
 
 
 RETRIEVAL = "captures for each pose, or as their drive went, with its stops"
+PHOTO = "where the photo was taken and looked; without, it looks along the path"
 SPEED = "along the path; what config.sample.spacing_m and fps say if not given"
 STOPS = "where along the path the camera stands, and how long"
 GAPS_HELP = "where nothing was captured along the path"
@@ -275,6 +282,7 @@ COMMAND.needs("--out", help="folder to write to")
 COMMAND.takes(
     "--seed", type=int, default=0, help="of the noise; equal seeds, equal bytes"
 )
+COMMAND.takes("--photo-pose", metavar="LAT,LON,HEADING[,PITCH[,FOV]]", help=PHOTO)
 COMMAND.takes("--speed-m-s", type=float, help=SPEED)
 COMMAND.takes("--stops", default="", metavar="METRES:SECONDS,...", help=STOPS)
 COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo")
@@ -296,7 +304,7 @@ def main(given: argparse.Namespace) -> int:
     report.open_folder(given.out)
     request = read_request(given)
     named = ("image", "path", "checkpoint", "text", "seed", "retrieval", "gaps")
-    named += ("speed_m_s", "stops")
+    named += ("speed_m_s", "stops", "photo_pose")
     facts = {name: getattr(given, name) for name in named}
     facts |= {"without": list(request.without), "jax": jax.__version__}
     facts["config"] = json.loads(request.config.to_json())
