@@ -11,7 +11,7 @@ CLIP tower sees the first image. Behind the file's name stands what it is laid o
     :gpu32      32 cards of 80 GB      66 GiB a card by formula     313 h on A100
     :h200x4     4 H200                 92 GiB a card by formula     790 h
     :v5p-128    64 chips, 4x4x4        50 GiB a chip, compiled      106 h
-    :v6e-256    256 chips, 16x16       13 GiB a chip by formula     15 h
+    :v6e-256    256 chips, 16x16       13 GiB a chip, compiled      20 h
     :tpu7x-128  64 chips, 4x4x4        22 GiB a half by formula     21 h
     :one_gpu    1 H200, branches alone, one clip an update
                                        117 GiB by formula           99 h

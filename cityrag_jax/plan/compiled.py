@@ -26,6 +26,12 @@ ASIDE = Path(sys.prefix, "tpu", "libtpu", "libtpu.so")  # where `make` puts it
 # Without its search for the fastest convolutions the compiler is done ten times sooner;
 # memory came out the same (2.23 GB, to 66 kB, for the autoencoder's widest one).
 QUICK = {"exec_time_optimization_effort": -1.0}
+# libtpu 0.0.42 aborts where it gives a TPU7x's sums to its sparse cores ("Check failed:
+# std::abs(inc) < core_count()"); the tensor cores' own way is planned.
+WITHOUT_SPARSE_CORES = {
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "false"
+    for kind in ("all_reduce", "reduce_scatter", "all_gather")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +99,15 @@ def planned_mesh(config: ConfigDict, topology: Topology) -> Mesh | None:
 
 
 def compile_update(
-    program: Program, mesh: Mesh, config: ConfigDict, *, quick: bool = True
+    program: Program, mesh: Mesh, config: ConfigDict, topology: Topology
 ) -> Compiled:
     """Compile a program's update, and read memory and collectives off the result."""
     began = time.monotonic()
+    options = QUICK | (WITHOUT_SPARSE_CORES if topology.chip.devices > 1 else {})
     with layout(mesh, dict(config.train.rules)):
         lowered = program.update.lower(*program.arguments)
         try:
-            compiled = lowered.compile(compiler_options=QUICK if quick else None)
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             asked, capacity = _refusal(str(error))
             if not asked:

@@ -112,7 +112,7 @@ def make_plan(config: ConfigDict, topology: Topology, *, compiled: bool = True) 
     plan = plan_by_formula(config, program, mesh, topology)
     if not compiled or not topology.chip.is_tpu:
         return plan
-    found = compile_update(program, mesh, config)
+    found = compile_update(program, mesh, config, topology)
     sent = plan.sent if found.asked else sent_by_program(found.sent, mesh, topology)
     return dataclasses.replace(plan, compiled=found, sent=sent)
 
