@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Key, UInt
 from ml_collections import ConfigDict
 
-from cityrag_jax.batch import Conditions
+from cityrag_jax.batch import Conditions, token_grid
 from cityrag_jax.diffusion import flow, unipc
 from cityrag_jax.diffusion.guidance import Pass, WeightedPass, guide, passes
 from cityrag_jax.diffusion.step_cache import (
@@ -172,11 +172,7 @@ def denoise(
             conditions, without=each.without, keep_keys=keep_keys
         )
 
-    def start(x: Array, timestep: Array) -> Stream:
-        latents = x
-        if conditions.first_frame is not None:
-            latents = jnp.concatenate([x, conditions.first_frame], axis=-1)
-        return model.start(latents, jnp.broadcast_to(timestep, x.shape[:1]))
+    start = functools.partial(_start, model, conditions)
 
     def run(stream: Stream, each: Pass) -> Array:
         given = contexts[each.negative_text], prepared[each.without]
@@ -204,3 +200,42 @@ def denoise(
         empty = shard(jnp.zeros(x.shape, x.dtype), "batch", "tokens", None)
         residuals = (empty,) * len(seen)
     return unipc.solve_with(velocity, noise, steps, compute, residuals)[0]
+
+
+def _start(model: WanDiT, conditions: Conditions, x: Array, timestep: Array) -> Stream:
+    """Put the first image's channels behind the noise, and embed."""
+    latents = x
+    if conditions.first_frame is not None:
+        latents = jnp.concatenate([x, conditions.first_frame], axis=-1)
+    return model.start(latents, jnp.broadcast_to(timestep, x.shape[:1]))
+
+
+@jax.jit
+def residual_ratios(
+    model: WanDiT,
+    conditions: Conditions,
+    noise: Float[Array, "B t h w z"],
+    steps: unipc.Steps,
+) -> Float32[Array, " n"]:
+    """Measure how much longer the blocks' residuals are than a step before.
+
+    Mean over tokens and clips, with all conditions and no guidance; 1 for the first
+    step. `diffusion.step_cache` makes schedules of it.
+    """
+    context = model.prepare_context(conditions.text, conditions.image)
+    prepared = model.prepare(conditions)
+
+    def velocity(x: Array, timestep: Array, step: Array, last):
+        before, ratios = last
+        stream = _start(model, conditions, x, timestep)
+        made = model.run(stream, context, prepared)
+        residual = (made - stream.x).astype(jnp.float32)
+        length = jnp.linalg.norm(residual[:, : tokens[1]], axis=-1)
+        ratio = jnp.where(step == 0, 1, jnp.mean(length / before))
+        return model.finish(stream, made), (length, ratios.at[step].set(ratio))
+
+    num_steps, (_, *grid) = len(steps.timestep), noise.shape[:4]
+    tokens = len(noise), int(np.prod(token_grid(tuple(grid))))
+    start = jnp.ones(tokens), jnp.zeros(num_steps)
+    order = jnp.arange(num_steps)
+    return unipc.solve_with(velocity, noise, steps, order, start)[1][1]

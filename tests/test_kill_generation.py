@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import synthetic_city as synthetic
 import training_city
-from test_generator import bundle_of_no_zeros
+from test_generator import DIT, bundle_of_no_zeros
 
 from cityrag_jax.checkpoint import save_bundle
 from cityrag_jax.data.video import write_image
@@ -52,6 +52,7 @@ def command(folder, out):
     )
     script = [sys.executable, "-m", "cityrag_jax.generate"]
     keys = {"sample.spacing_m": 0.75, "sample.num_steps": 3}
+    keys["model.transformer.dim"] = DIT.dim
     return [
         *script,
         *(f"--{name}={value}" for name, value in given.items()),

@@ -19,7 +19,14 @@ from cityrag_jax.diffusion import unipc
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
-from cityrag_jax.sampling import Sampler, denoise, draw_noise, drop, read_sampler
+from cityrag_jax.sampling import (
+    Sampler,
+    denoise,
+    draw_noise,
+    drop,
+    read_sampler,
+    residual_ratios,
+)
 
 TINY = DiTConfig(
     dim=32,
@@ -257,3 +264,30 @@ def test_sampler_is_read_off_a_config():
     )
     assert read_sampler(sample) == Sampler(7, 3.0, "geo", (2.0,), keep_keys=True)
     assert "geo" in read_sampler(sample, ("geo",)).passes()[0][1].without
+
+
+def test_ratios_of_residuals_are_those_of_a_slow_loop(model, conditions, noise):
+    """Mean over tokens; 1e-4 relative: float32 norms along the sampler's own path."""
+    steps = unipc.make_steps(STEPS, 3.0)
+    ratios = residual_ratios(model, conditions, noise, steps)
+    last, expected = None, [1.0]
+
+    def look(x, timestep):
+        nonlocal last
+        (full, _), (residual, _) = both_velocities(model, conditions, x, timestep)
+        length = np.linalg.norm(np.asarray(residual, np.float64), axis=-1)
+        if last is not None:
+            expected.append((length / last).mean())
+        last = length
+        return np.asarray(full)
+
+    x = corrected = np.asarray(noise)
+    before = recent = np.zeros_like(x)
+    for i in range(STEPS):
+        data = x - steps.sigma[i] * look(x, steps.timestep[i])
+        a, b = steps.corrector[i], steps.predictor[i]
+        parts = (corrected, before, recent, data)
+        corrected = sum(w * part for w, part in zip(a, parts, strict=True))
+        x = b[0] * corrected + b[1] * recent + b[2] * data
+        before, recent = recent, data
+    np.testing.assert_allclose(ratios, expected, rtol=1e-4)
