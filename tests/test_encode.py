@@ -74,6 +74,16 @@ def test_conditions_of_a_clip_have_the_transformers_shapes(vae):
     assert conditions.geo_latents.shape == (2, 4, 2, 4, 16)
 
 
+def test_a_condition_of_no_frames_is_dropped_and_keeps_a_length_for_the_kernel(vae):
+    clip = make_clip((2,))
+    lengths = np.array([0, 1], np.int32)
+    clip = type(clip)(**{**vars(clip), "condition_length": lengths})
+    encode = jax.jit(encode_conditions)
+    made = encode(vae, clip, np.ones((1, 5), np.float32))
+    np.testing.assert_array_equal(made.keep_geo, [0.0, 1.0])
+    np.testing.assert_array_equal(made.geo_length, [1, 1])
+
+
 @pytest.mark.parametrize(
     ("mesh", "clips", "videos"),
     [((1, 1, 8), 4, 1), ((2, 2, 2), 4, 1), ((1, 1, 8), 1, 1), ((2, 2, 2), 8, 2)],
