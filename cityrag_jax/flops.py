@@ -158,15 +158,23 @@ def geo_branch(
 def pose_branch(
     config: DiTSizes,
     num_frames: int,
+    tokens: int,
     *,
     hidden: int = 512,
     batch: int = 1,
     itemsize: int = 4,
 ) -> dict[str, Cost]:
-    """Cost of the trajectory branch, all of it once a clip; it runs in float32."""
-    rows = batch * latent_frames(num_frames)
+    """Cost of the trajectory branch in float32: once a clip, then adding to `tokens`.
+
+    Its vectors are laid onto the tokens by a product with who is in which frame.
+    """
+    frames = latent_frames(num_frames)
+    rows = batch * frames
     grouped = TIME_STRIDE * POSE_NUMBERS
+    moved = frames * tokens + (rows + batch * tokens) * config.dim
+    spread = Cost(2 * rows * tokens * config.dim, itemsize * moved)
     return {
+        "spread": config.num_layers * spread,
         "convolution": linear(rows, grouped, hidden, itemsize),
         "mlp": 2 * linear(rows, hidden, hidden, itemsize),
         "projections": config.num_layers * linear(rows, hidden, config.dim, itemsize),

@@ -133,7 +133,7 @@ def test_branch_operations_are_those_of_the_program(config):
     parts = [
         flops.dit(config, math.prod(grid)),
         flops.geo_branch(config, math.prod(grid), 21 * h * w),
-        flops.pose_branch(config, 73),
+        flops.pose_branch(config, 73, math.prod(grid)),
     ]
     cost = sum(map(flops.total, parts), start=flops.Cost())
     assert cost.flops == found

@@ -178,7 +178,7 @@ def plan_transformer(
             GEO,
             _count(flops.geo_branch(config, 4, 4, latent_channels=config.out_channels)),
         ),
-        ("pose branch", POSE, _count(flops.pose_branch(config, 5, hidden=hidden))),
+        ("pose branch", POSE, _count(flops.pose_branch(config, 5, 0, hidden=hidden))),
     )
     plan = _plan(
         "transformer",

@@ -75,7 +75,11 @@ def count_operations(config: ConfigDict, program: Program) -> Operations:
     model, sizes = model_of(config), sizes_of(config)
     batch, tokens = config.train.batch_size, (sizes.video, sizes.condition)
     pose = flops.pose_branch(
-        model, config.data.num_frames, batch=batch, hidden=config.model.pose.hidden
+        model,
+        config.data.num_frames,
+        sizes.video,
+        batch=batch,
+        hidden=config.model.pose.hidden,
     )
     parts = flops.dit(model, sizes.video, batch=batch)
     parts |= {f"branches.pose.{n}": cost for n, cost in pose.items()}

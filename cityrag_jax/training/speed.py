@@ -83,8 +83,9 @@ def _list_stages(config: ConfigDict, program: Program, length: float) -> list[St
     base = _operations(flops.dit(sizes, tokens, batch=batch))
     geo = _operations(flops.geo_branch(sizes, tokens, keys, batch=batch))
     hidden = config.model.pose.hidden
-    pose = flops.pose_branch(sizes, data.num_frames, batch=batch, hidden=hidden)
-    pose = _operations(pose)
+    pose = _operations(
+        flops.pose_branch(sizes, data.num_frames, tokens, batch=batch, hidden=hidden)
+    )
     softmax = layers * batch * flops.attention(tokens, tokens, sizes.dim).flops
     base["blocks.self_attention"] -= softmax
     attend = Stage("blocks.self_attention.", base["blocks.self_attention"], softmax)
