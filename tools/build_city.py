@@ -15,6 +15,7 @@ from cityrag_jax.data import build
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
+from cityrag_jax.parallel import keep_compilations
 
 PLAN = {
     "neighbourhoods": "of the city, along a side",
@@ -43,6 +44,7 @@ for name, meaning in PLAN.items():
 
 def main(given: argparse.Namespace) -> None:
     """Render a city or mine one, and say what came of it."""
+    keep_compilations()
     if (given.toy is None) == (given.mine is None):
         raise ValueError("Give either --toy=NAME or --mine=DIR.")
     limits = {

@@ -47,7 +47,7 @@ TRAINED_ON = {
 UNSEEN = {"gpu": ("sydney", "honolulu"), "test": ("sydney",)}
 CITY = {
     "gpu": ("--preset=gpu", "--neighbourhoods=2", "--blocks=2", "--height=384"),
-    "test": ("--preset=test", "--height=64", "--num_frames=9"),
+    "test": ("--preset=test", "--route-streets=1", "--height=64", "--num-frames=9"),
 }
 FIRST_CITY = {"gpu": ("--preset=test", "--height=384"), "test": CITY["test"]}
 SEED = 4000
@@ -100,7 +100,7 @@ class Recipe:
         ]
         return started + [
             self.build(
-                name, self.out / "cities" / name, *sizes, "--held_out_fraction=1"
+                name, self.out / "cities" / name, *sizes, "--held-out-fraction=1"
             )
             for name in UNSEEN[self.given.size]
         ]

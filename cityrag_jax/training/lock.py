@@ -36,7 +36,7 @@ class WorkdirLock:
             owner = _read_owner(self.path)
             if _is_alive(self.path, owner):
                 raise ValueError(
-                    f"Another process works in {self.path.parent}: "
+                    f"{self.path.parent} is in use by process "
                     f"{owner.get('pid')} on {owner.get('host')}. Wait for its end, or "
                     "choose another folder."
                 )
