@@ -114,6 +114,9 @@ class Recipe:
 
     def warm_up(self) -> int:
         """Train both for some seconds; give the updates that fit the time asked for."""
+        timed = self.out / "updates.txt"
+        if timed.exists():
+            return int(timed.read_text())
         short = ("--config.train.pool_start=32", "--config.train.max_seconds=10")
         if self.given.size == "test":
             short = ("--config.train.max_seconds=1",)
@@ -131,7 +134,9 @@ class Recipe:
         each = [x["seconds_per_step"] for x in lines if "seconds_per_step" in x][-1]
         self.say(f"{each:.4f} seconds an update.")
         rounded = 500 if given.size == "gpu" else 10
-        return max(1, int(CAUTION * 60 * given.minutes / each) // rounded) * rounded
+        updates = max(1, int(CAUTION * 60 * given.minutes / each) // rounded) * rounded
+        timed.write_text(str(updates))
+        return updates
 
     def autoencoder(self, name: str, cities: str, updates: int, *flags: str):
         """Start a training of the autoencoder in the folder `name`."""
