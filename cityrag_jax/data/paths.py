@@ -30,6 +30,7 @@ def read_path(
         if path.suffix.lower() == ".txt":
             script = parse_script(text, path.name)
         drawn = parse_path(text, path.name) if script is None else script.corners
+        _check_length(np.nan_to_num(drawn), spacing_m)  # what is matched takes a while
         places = fill_heights(city.index, drawn)
         _check_length(places, spacing_m)
         poses = poses_on_earth(places, spacing_m)
