@@ -78,8 +78,7 @@ def write_city(
     behind, when anything does not fit.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists already; remove it or choose another name.")
+    check_free(folder, overwrite)
     tile_edges(header.panorama_height)
     check_captures(captures, header, header.name)
     temporary = folder.parent / f".{folder.name}.writing"
@@ -96,6 +95,15 @@ def write_city(
             raise
         _move_over(temporary, folder)
     return City(folder)
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse to write where something stands, unless it may be replaced."""
+    if folder.exists() and not overwrite:
+        raise ValueError(
+            f"{folder} exists already; remove it, choose another name, or give "
+            "--overwrite."
+        )
 
 
 @contextlib.contextmanager
