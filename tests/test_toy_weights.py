@@ -17,7 +17,7 @@ def test_one_command_makes_weights_from_nothing(tmp_path):
     """And the same command, given again, makes nothing anew."""
     command = [
         *(sys.executable, "tools/toy_weights.py", f"--out={tmp_path}", "--start="),
-        *("--size=test", "--parts=1", "--minutes=0.1", "--autoencoder-updates=20"),
+        *("--size=test", "--cities=1", "--updates=30", "--autoencoder-updates=20"),
     ]
 
     one_device = {n: x for n, x in os.environ.items() if n != "XLA_FLAGS"}

@@ -1,36 +1,35 @@
 """Make toy weights the way the shipped ones were made: one command, one host of GPUs.
 
-    python tools/toy_weights.py --out=DIR [--minutes=18] [--start=DIR]
+    python tools/toy_weights.py --out=DIR [--updates=30000] [--start=DIR]
 
-Cities are rendered side by side, which takes every core and no GPU. Meanwhile both
-trainings are begun on a city of seconds: that fills the compilation cache and times the
-updates, so that the transformer's rate has decayed when its `--minutes` are over. Then
-the autoencoder goes on from `--start`, the transformer from there on its latents, both
-over all GPUs. An unseen city is scored, and DIR/weights holds the result with int8
-kernels. What is finished is not done again: the same command goes on. `--start=` trains
-from scratch; `--size=test` shows all of it on a CPU in minutes.
+Small cities come first, rendered side by side. On them the autoencoder goes on from
+`--start`, and the transformer's program is compiled and timed, while the large cities
+are rendered. Then the transformer goes on from `--start` on the new latents, over all
+GPUs. An unseen city is scored, and DIR/weights holds the result with int8 kernels. What
+is finished is not done again: the same command goes on. `--start=` trains from scratch;
+`--size=test` shows all of it on a CPU in minutes.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from cityrag_jax.commands import Command
-from cityrag_jax.training.log import read_metrics
 
 COMMAND = Command(__doc__)
 COMMAND.needs("--out", type=Path, help="folder for cities, trainings, weights, logs")
-COMMAND.takes("--minutes", type=float, default=18, help="to train the transformer")
+COMMAND.takes("--updates", type=int, default=30_000, help="of the transformer")
 COMMAND.takes(
     "--start",
     default="configs/toy_city_weights",
     help="model that both trainings go on from; empty: from scratch",
 )
 COMMAND.takes("--autoencoder-updates", type=int, default=2200, help="of clips of 8")
-COMMAND.takes("--parts", type=int, default=2, help="cities of a name, a process each")
+COMMAND.takes("--cities", type=int, default=12, help="to train on, a process each")
 COMMAND.takes("--size", choices=("gpu", "test"), default="gpu", help="of everything")
 for part in ("autoencoder", "transformer"):
     COMMAND.takes(
@@ -40,20 +39,35 @@ for part in ("autoencoder", "transformer"):
         help=f"more flags for the training of the {part}, in one string",
     )
 
-TRAINED_ON = {
-    "gpu": ("paris", "tokyo", "philadelphia", "london", "sao_paulo"),
-    "test": ("tokyo",),
-}
-UNSEEN = {"gpu": ("sydney", "honolulu"), "test": ("sydney",)}
+
+def count_gpus() -> int:
+    """Count the NVIDIA GPUs of this host without taking one."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return listed.stdout.count("GPU ")
+
+
+NAMES = ("paris", "tokyo", "philadelphia", "london", "sao_paulo", "reykjavik")
+UNSEEN = "sydney"
+# Every street is driven about once, by two drives: places teach more than passes.
 CITY = {
-    "gpu": ("--preset=gpu", "--neighbourhoods=2", "--blocks=2", "--height=384"),
+    "gpu": ("--preset=gpu", "--height=384", "--blocks=2", "--routes=2"),
     "test": ("--preset=test", "--route-streets=1", "--height=64", "--num-frames=9"),
 }
-FIRST_CITY = {"gpu": ("--preset=test", "--height=384"), "test": CITY["test"]}
+LARGE = {
+    "gpu": ("--neighbourhoods=3", "--route-streets=5", "--held-out-fraction=0.1"),
+    "test": (),
+}
+SMALL = {"gpu": ("--neighbourhoods=2", "--route-streets=2", "--routes=1"), "test": ()}
+SCORED = {"gpu": ("--neighbourhoods=2", "--route-streets=6"), "test": ()}
 SEED = 4000
-# Of the updates that the measured speed promises: fresh clips join, checkpoints are
-# written and held-out clips measured beside them.
-CAUTION = 0.9
+GPUS = count_gpus()
+
+
+def on_gpu(place: int) -> dict[str, str]:
+    """Show a program one GPU of those that there are."""
+    return {"CUDA_VISIBLE_DEVICES": str(place % GPUS)} if GPUS else {}
 
 
 class Recipe:
@@ -64,115 +78,84 @@ class Recipe:
         self.out = given.out
         self.began = time.monotonic()
         self.started: list[subprocess.Popen] = []
+        self.rendering: list[subprocess.Popen] = []
         (self.out / "log").mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
         """Do all that is not done yet."""
-        given, cities = self.given, ",".join(map(str, self.cities()))
-        self.say("Rendering cities; compiling on a first one.")
-        self.wait(self.build("paris", self.out / "first", *FIRST_CITY[given.size]))
-        rendered = self.render()
-        updates = self.warm_up()
-        self.wait(*rendered)
-        self.say(f"Training the autoencoder: {given.autoencoder_updates} updates.")
-        self.wait(self.autoencoder("autoencoder", cities, given.autoencoder_updates))
-        self.say(f"Training the transformer: {updates} updates.")
+        given, unseen = self.given, self.out / UNSEEN
+        self.say("Rendering small cities.")
+        small = self.cities("small", SMALL)
+        self.wait(*self.rendering)
+        self.say("Training the autoencoder on them; rendering large ones.")
+        large = self.cities("large", LARGE)
+        self.build(unseen, 0, UNSEEN, SCORED, "--held-out-fraction=1")
+        trained, model = self.autoencoder(small), given.start
+        if not model:
+            self.wait(trained)
+            model = self.out / "autoencoder"
+        short = ("--config.train.pool_start=32", "--config.train.max_seconds=10")
+        self.wait(self.transformer("compiled", small, model, *short))
+        self.wait(trained, *self.rendering)
+        self.say(f"Training the transformer: {given.updates} updates.")
         model = self.out / "autoencoder"
-        self.wait(self.transformer("transformer", cities, model, updates))
+        self.wait(self.transformer("transformer", large, model))
         self.store()
-        self.score()
+        self.score(unseen)
         self.say(f"The weights are in {self.out / 'weights'}.")
 
-    def cities(self) -> list[Path]:
-        """List the folders of the cities that are trained on."""
-        return [
-            self.out / "cities" / f"{name}_{part}"
-            for name in TRAINED_ON[self.given.size]
-            for part in range(self.given.parts)
-        ]
+    def cities(self, size: str, plan: dict) -> list[Path]:
+        """Start to render the cities that are trained on; give their folders."""
+        paths = [self.out / size / str(i) for i in range(self.given.cities)]
+        for i, path in enumerate(paths):
+            self.build(path, i, NAMES[i % len(NAMES)], plan, f"--seed={SEED + i}")
+        return paths
 
-    def render(self) -> list[subprocess.Popen | None]:
-        """Start to render every city: one process each."""
-        sizes = CITY[self.given.size]
-        started = [
-            self.build(path.name[:-2], path, *sizes, f"--seed={SEED + i}")
-            for i, path in enumerate(self.cities())
-        ]
-        return started + [
-            self.build(
-                name, self.out / "cities" / name, *sizes, "--held-out-fraction=1"
-            )
-            for name in UNSEEN[self.given.size]
-        ]
-
-    def build(self, name: str, path: Path, *flags: str) -> subprocess.Popen | None:
-        """Start to render a city, unless it is there."""
+    def build(self, path: Path, place: int, name: str, plan: dict, *flags: str) -> None:
+        """Start to render a city, unless it is there: one process on one GPU."""
         if path.exists():
-            return None
-        tool = ("tools/build_city.py", f"--toy={name}", f"--out={path}", *flags)
-        return self.start(f"city_{path.name}", tool, JAX_PLATFORMS="cpu")
-
-    def warm_up(self) -> int:
-        """Train both for some seconds; give the updates that fit the time asked for."""
-        timed = self.out / "updates.txt"
-        if timed.exists():
-            return int(timed.read_text())
-        short = ("--config.train.pool_start=32", "--config.train.max_seconds=10")
-        if self.given.size == "test":
-            short = ("--config.train.max_seconds=1",)
-        first, given = str(self.out / "first"), self.given
-        compiling = self.autoencoder(
-            "warm_autoencoder", first, given.autoencoder_updates, *short
+            return
+        given = (*CITY[self.given.size], *plan[self.given.size], *flags)
+        tool = ("tools/build_city.py", f"--toy={name}", f"--out={path}", *given)
+        self.rendering.append(
+            self.start(f"city_{path.parent.name}_{path.name}", tool, **on_gpu(place))
         )
-        model = given.start
-        if not model:
-            self.wait(compiling)
-            model = self.out / "warm_autoencoder"
-        self.wait(self.transformer("warm_transformer", first, model, 0, *short))
-        self.wait(compiling)
-        lines = read_metrics(self.out / "warm_transformer")
-        each = [x["seconds_per_step"] for x in lines if "seconds_per_step" in x][-1]
-        self.say(f"{each:.4f} seconds an update.")
-        rounded = 500 if given.size == "gpu" else 10
-        updates = max(1, int(CAUTION * 60 * given.minutes / each) // rounded) * rounded
-        timed.write_text(str(updates))
-        return updates
 
-    def autoencoder(self, name: str, cities: str, updates: int, *flags: str):
-        """Start a training of the autoencoder in the folder `name`."""
+    def autoencoder(self, cities: list[Path]) -> subprocess.Popen | None:
+        """Start the training of the autoencoder."""
+        given = self.given
         return self.train(
-            name,
-            f"--config=configs/toy_vae.py:{self.given.size}",
-            f"--config.data.city={cities}",
-            f"--config.train.steps={updates}",
-            *self.given.autoencoder_flags,
-            *flags,
+            "autoencoder",
+            f"--config=configs/toy_vae.py:{given.size}",
+            f"--config.data.city={','.join(map(str, cities))}",
+            f"--config.train.steps={given.autoencoder_updates}",
+            *given.autoencoder_flags,
+            **on_gpu(-1),  # its batches are small
         )
 
-    def transformer(self, name: str, cities: str, vae: Path, updates: int, *flags: str):
-        """Start a training of the transformer; no `updates`: the config's own."""
+    def transformer(self, name: str, cities: list[Path], vae: Path, *flags: str):
+        """Start a training of the transformer in the folder `name`."""
         return self.train(
             name,
             f"--config=configs/toy_city.py:{self.given.size}",
-            f"--config.data.city={cities}",
+            f"--config.data.city={','.join(map(str, cities))}",
             f"--config.model.vae={vae}",
-            *([f"--config.train.steps={updates}"] if updates else []),
+            f"--config.train.steps={self.given.updates}",
             *self.given.transformer_flags,
+            "--config.train.mesh.data=-1",
             *flags,
         )
 
-    def train(self, name: str, *flags: str) -> subprocess.Popen | None:
-        """Start a training, or go on with it."""
-        start = f"--config.train.init_from={self.given.start}"
-        return self.start(
-            name,
-            (
-                *("-m", "cityrag_jax.train", f"--workdir={self.out / name}", *flags),
-                *([start] if self.given.start else []),
-                "--config.train.mesh.data=-1",
-            ),
-            XLA_PYTHON_CLIENT_PREALLOCATE="false",  # two programs share the GPUs
-        )
+    def train(
+        self, name: str, *flags: str, **environment: str
+    ) -> subprocess.Popen | None:
+        """Start a training, or go on with it, unless it has made its model."""
+        if (self.out / name / "model").exists():
+            return None
+        tool = ("-m", "cityrag_jax.train", f"--workdir={self.out / name}", *flags)
+        if self.given.start:
+            tool = (*tool, f"--config.train.init_from={self.given.start}")
+        return self.start(name, tool, **environment)
 
     def store(self) -> None:
         """Write the weights as they are shipped."""
@@ -182,7 +165,7 @@ class Recipe:
             tool = ("tools/store_int8.py", trained, f"--out={path}")
             self.wait(self.start("weights", tool))
 
-    def score(self) -> None:
+    def score(self, city: Path) -> None:
         """Score the weights in a city that they have never seen."""
         path = self.out / "scores"
         if path.exists():
@@ -194,7 +177,7 @@ class Recipe:
                     *("-m", "cityrag_jax.evaluate", f"--out={path}"),
                     f"--config=configs/toy_city.py:{self.given.size}",
                     f"--checkpoint={self.out / 'weights'}",
-                    f"--city={self.out / 'cities' / UNSEEN[self.given.size][0]}",
+                    f"--city={city}",
                 ),
             )
         )
@@ -206,7 +189,10 @@ class Recipe:
         with log.open("w") as file:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
-                env=os.environ | environment,
+                # Several programs share the GPUs.
+                env=os.environ
+                | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+                | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )

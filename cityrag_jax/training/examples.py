@@ -7,6 +7,7 @@ seen.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
 
@@ -28,7 +29,14 @@ from cityrag_jax.data.clips import (
 from cityrag_jax.data.loader import training_clips
 from cityrag_jax.data.pairs import Pairs, load_pairs
 from cityrag_jax.data.store import City
-from cityrag_jax.parallel import batch_share, is_writer, place_batch
+from cityrag_jax.parallel import (
+    axis_size,
+    batch_axes,
+    batch_share,
+    is_writer,
+    place_batch,
+    shard,
+)
 from cityrag_jax.training.log import announce
 from cityrag_jax.training.task import Examples
 
@@ -180,10 +188,36 @@ class Pool:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(pool: Examples, batch: Examples, row: Int32[Array, ""]) -> Examples:
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(x, batch[name], row, axis=0)
-        for name, x in pool.items()
-    }
+    """Overwrite the pool from `row` on. Each device takes the rows that it holds.
+
+    Left to the partitioner, every device would gather the whole pool.
+    """
+    axes = batch_axes()
+    if math.prod(map(axis_size, axes)) == 1:
+        return jax.tree.map(functools.partial(_overwrite, first=row), pool, batch)
+
+    def overwrite(pool, batch, row):
+        here = jax.lax.axis_index(axes)
+        return {
+            name: _overwrite(
+                x,
+                jax.lax.all_gather(batch[name], axes, tiled=True),
+                first=row - here * len(x),
+            )
+            for name, x in pool.items()
+        }
+
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    return jax.shard_map(overwrite, in_specs=(rows, rows, whole), out_specs=rows)(
+        pool, batch, row
+    )
+
+
+def _overwrite(x: Array, new: Array, *, first: Int32[Array, ""]) -> Array:
+    """Write `new` into rows of `x`; those before and behind it are left out."""
+    places = first + jnp.arange(len(new))
+    places = jnp.where(places < 0, len(x), places)
+    return x.at[places].set(new, mode="drop", unique_indices=True)
 
 
 def draw_batch(
@@ -195,7 +229,8 @@ def draw_batch(
     key = jax.random.fold_in(jax.random.key(seed + 1), step)
     edges = jnp.arange(size + 1) * count // size
     chosen = jax.random.randint(key, (size,), edges[:-1], edges[1:])
-    return {name: x[chosen] for name, x in pool.items()}
+    drawn = {name: x[chosen] for name, x in pool.items()}
+    return {n: shard(x, "batch", *(None,) * (x.ndim - 1)) for n, x in drawn.items()}
 
 
 def pool_size(config: ConfigDict) -> int:
