@@ -104,9 +104,10 @@ class Generator:
     def sample(self, conditions: Conditions, clip: Clip, seed: int) -> Videos:
         """Generate clips from conditions, theirs or others; noise goes by their ids.
 
+        A seed has up to 64 bits; one of 32 gives the noise of `jax.random.key(seed)`.
         Raises FloatingPointError if anything is not finite: never makes a video of it.
         """
-        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        key = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)  # as JAX's, of 64
         with self._layout():
             modules = self.bundle.modules
             channels = modules["vae"].config.z_dim

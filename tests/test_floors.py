@@ -10,8 +10,8 @@ FLOORS = [
     {"geo", "diffusion", "batch", "flops", "chips"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report", "importers"},
-    {"sampling", "generator", "rollout", "recording", "jobs", "plan"}
-    | {"training", "commands"},
+    {"sampling", "generator", "rollout", "recording", "request", "jobs"}
+    | {"plan", "training", "commands"},
     {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},
     {"demo"},  # which goes through all doors
 ]

@@ -1,6 +1,5 @@
 """The door to generation: photos, paths, what is refused and what is written."""
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -12,20 +11,22 @@ import synthetic_city as synthetic
 import training_city
 from test_train import get_config
 
-from cityrag_jax import generate as door
+from cityrag_jax import request as requests
 from cityrag_jax.checkpoint import Bundle
+from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
-from cityrag_jax.generate import (
+from cityrag_jax.generator import with_text
+from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
+from cityrag_jax.request import (
+    Order,
     Request,
+    doubt_speed,
     fit_photo,
     generate,
     generate_into,
-    read_path,
     read_poses,
     read_text,
 )
-from cityrag_jax.generator import with_text
-from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_what_cannot_be_generated_is_refused_before_a_model_is_read(
     far = poses.copy()
     far[:, :3, 3] += 1000.0
     with monkeypatch.context() as patch:
-        patch.setattr(door, "open_generator", never)
+        patch.setattr(requests, "open_generator", never)
         for message, change in {
             "without=depth: choose of": dict(without=("depth",)),
             "clip 0 of the path": dict(ecef_from_camera=far),
@@ -165,27 +166,49 @@ def test_the_command_line_ends_in_one_line_of_error(tmp_path):
     assert "Traceback" not in ended.stderr
 
 
-def test_speed_and_stops_are_those_of_the_command_line(city, tmp_path, capsys):
+def test_speed_and_stops_are_those_of_the_command_line(city, tmp_path):
     """At ten frames a second 5 m/s are half a metre; nobody drove 40 m/s here."""
     enu = synthetic.line([0.5, 1, 2], 0, 2, 12.1)
     ends = (ecef_from_enu(*synthetic.ANCHOR) @ enu)[:, :3, 3]
     rows = zip(*geodetic_from_ecef(ends), strict=True)
     file = tmp_path / "path.csv"
     file.write_text("".join(f"{a:.10f},{b:.10f},{h:.4f}\n" for a, b, h in rows))
-    given = argparse.Namespace(
-        config=get_config("toy_city"), path=file, speed_m_s=5.0, stops="4:1.5,10:0.3"
-    )
-    poses = read_poses(given, city)
+    sample, order = get_config("toy_city").sample, Order("photo.png", str(file))
+    slow = dataclasses.replace(order, speed_m_s=5.0, stops="4:1.5,10:0.3")
+    poses = read_poses(slow, city, sample)
     assert len(poses) == 25 + 15 + 3
     steps = np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)
     np.testing.assert_array_equal(
         np.flatnonzero(steps == 0), [*range(8, 23), 35, 36, 37]
     )
     np.testing.assert_allclose(steps[steps > 0], 0.5, atol=1e-3)
-    assert capsys.readouterr().err == ""
-    given.speed_m_s, given.stops = 40.0, ""
-    assert len(read_poses(given, city)) == 4
-    assert "4.00 m between frames (40.0 m/s); drives" in capsys.readouterr().err
-    given.stops = "4"
+    assert doubt_speed(slow, city, sample) == ""
+    fast = dataclasses.replace(order, speed_m_s=40.0)
+    assert len(read_poses(fast, city, sample)) == 4
+    doubt = doubt_speed(fast, city, sample)
+    assert "4.00 m between frames (40.0 m/s); drives" in doubt
     with pytest.raises(ValueError, match="--stops=4: write metres:seconds"):
-        read_poses(given, city)
+        read_poses(dataclasses.replace(fast, stops="4"), city, sample)
+    with pytest.raises(ValueError, match="speed-m-s=0: give metres a second above"):
+        read_poses(dataclasses.replace(fast, speed_m_s=0.0), city, sample)
+
+
+def test_a_path_in_words_is_that_of_a_file(city, tmp_path):
+    latitude, longitude, _ = synthetic.ANCHOR
+    words = f"start {latitude},{longitude} 0; forward 12; stop 1"
+    (tmp_path / "path.txt").write_text(words)
+    sample = get_config("toy_city").sample
+    drawn = read_poses(Order("x", str(tmp_path / "path.txt")), city, sample)
+    said = read_poses(Order("x", script=words), city, sample)
+    np.testing.assert_array_equal(drawn, said)
+
+
+def test_what_an_order_lacks_is_said_before_a_file_is_read():
+    for order, message in (
+        (Order("", "path.csv"), "An image is needed"),
+        (Order("a.jpg"), "a path or a script, one of them; path is ''"),
+        (Order("a.jpg", "path.csv", "start"), "one of them"),
+        (Order("a.jpg", "path.csv", seed=-1), "Seed -1 must be from 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            order.check()

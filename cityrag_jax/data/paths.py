@@ -26,20 +26,28 @@ def read_path(
     path = Path(path)
     text = read_words(path)
     try:
-        script = None
         if path.suffix.lower() == ".txt":
-            script = parse_script(text, path.name)
-        drawn = parse_path(text, path.name) if script is None else script.corners
-        places = fill_heights(city.index, drawn)
-        _check_length(places, spacing_m)
-        poses = poses_on_earth(places, spacing_m)
-        if script is None:
-            return poses
-        return look_around(poses, script.looks, spacing_m, fps)
+            return lay_script(text, city, spacing_m, fps, path.name)
+        return _lay(parse_path(text, path.name), city, spacing_m)
     except ValueError as error:
         if path.name in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
+
+
+def lay_script(
+    text: str, city: City, spacing_m: float, fps: float, name: str = "script"
+) -> Float64[np.ndarray, "N 4 4"]:
+    """Lay a camera script on a city's streets, one pose every `spacing_m`."""
+    script = parse_script(text, name)
+    poses = _lay(script.corners, city, spacing_m)
+    return look_around(poses, script.looks, spacing_m, fps)
+
+
+def _lay(drawn, city: City, spacing_m: float) -> Float64[np.ndarray, "N 4 4"]:
+    places = fill_heights(city.index, drawn)
+    _check_length(places, spacing_m)
+    return poses_on_earth(places, spacing_m)
 
 
 def _check_length(places: Float64[np.ndarray, "M 3"], spacing_m: float) -> None:
