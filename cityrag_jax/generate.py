@@ -153,8 +153,8 @@ def main(given: argparse.Namespace) -> int:
         return check_list(given)
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
-    parking = Parking()
     initialise(given.distributed)
+    parking = Parking()  # behind that: joined processes would get JAX's own handler
     trust(given.trust)
     return (make_list if given.jobs else make_one)(given, parking)
 

@@ -122,7 +122,8 @@ def generate(request: Request) -> Iterator[MadeClip]:
 
     Raises ValueError at once for whatever cannot be generated.
     """
-    return rollout(request.open(), request.job)
+    job = request.job  # before the model is read
+    return rollout(request.open(), job)
 
 
 def generate_into(
