@@ -6,6 +6,7 @@ survives kills. One video's door and lists of jobs stand on these alike.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class Request:
     """A video that is wanted: of what photo, along which poses, by what model.
 
     `without` leaves out "pose" or "geo"; `text` holds the rows of a prompt in the place
-    of the checkpoint's; `way` and `gaps` are those of `geo.grounding.Retrieval`.
+    of the checkpoint's; `way` and `gaps` are those of `geo.grounding.Retrieval`;
+    `weights` is the checkpoint's digest, where it is known already.
     """
 
     config: ConfigDict
@@ -88,9 +90,11 @@ class Request:
     text: Float32[np.ndarray, "S E"] | None = None
     way: str = WAYS[0]
     gaps: str = GAPS[0]
+    weights: str = ""
 
-    def plan(self) -> Job:
-        """Find what every clip will be conditioned on; no model is read."""
+    @functools.cached_property
+    def job(self) -> Job:
+        """What every clip will be conditioned on, found once; no model is read."""
         read_sampler(self.config.sample, self.without)
         clips = clip_config(self.config.data)
         return plan_job(
@@ -113,7 +117,7 @@ class Request:
         """Say what decides about the video's pixels besides the job."""
         solver = ("num_steps", "shift", "guidance", "scales", "preset", "ratios")
         return {
-            "weights": identify_model(self.checkpoint),
+            "weights": self.weights or identify_model(self.checkpoint),
             **{name: self.config.sample[name] for name in solver},
             "vae_dtype": self.config.model.vae_dtype,
             "without": list(self.without),
@@ -126,7 +130,7 @@ def generate(request: Request) -> Iterator[MadeClip]:
 
     Raises ValueError at once for whatever cannot be generated.
     """
-    job = request.plan()
+    job = request.job  # before the model is read
     return rollout(request.open(), job)
 
 
@@ -146,7 +150,7 @@ def generate_into(
     clip, the rest is left to another call with the same request. Says whether the video
     is whole. `facts` join those of generate.json.
     """
-    job, fps = request.plan(), float(request.config.sample.fps)
+    job, fps = request.job, float(request.config.sample.fps)
     with Recording(out, job, request.identity(), fps=fps) as recording:
         if recording.count < len(job.spans):
             if any_process(np.array([stopped()]))[0]:

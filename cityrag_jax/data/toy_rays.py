@@ -227,15 +227,21 @@ def _columns(
 
     `hidden_m` is where a wall hides whatever stands behind. Where there are fewer, the
     distance is `FAR`. The things are looked through some at a time: there are thousands
-    around a camera, and as many columns as samples where cameras are not level.
+    around a camera, and as many columns as samples where cameras are not level. Those
+    within reach come first, and the rest is not looked at.
     """
     shape = jnp.broadcast_shapes(rays.x.shape, rays.dx.shape)
     total = things.x.shape[1]
     pairs_at_once = 1 << (18 if jax.default_backend() == "cpu" else 23)
     some = min(total, max(8, pairs_at_once // math.prod(shape)))
-    parts = -(-total // some)
+    apart = jnp.hypot(things.x - rays.x[..., 0], things.y - rays.y[..., 0])
+    within = apart < toy_world.REACH_M + radius_m + 1.0
+    order = jnp.argsort(~within, axis=1, stable=True)
+    things = Things(*(jnp.take_along_axis(part, order, axis=1) for part in things))
+    radius_m = jnp.take_along_axis(radius_m, order, axis=1)
+    parts = -(-jnp.max(jnp.sum(within, axis=1)) // some)
     x, y, radius_m = (
-        jnp.pad(v, ((0, 0), (0, parts * some - total)), mode="edge")
+        jnp.pad(v, ((0, 0), (0, -total % some)), mode="edge")
         for v in (things.x, things.y, radius_m)
     )
 
