@@ -14,6 +14,7 @@ ends with
     0   all is done
     1   training went astray (FloatingPointError)
     2   something given is wrong: one line says what, where and what to do
+    3   some of many things cannot be done, the others are
     70  a fault of this program: one line says where; --debug shows the traceback
     130 stopped by hand
 """
