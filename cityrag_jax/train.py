@@ -53,6 +53,7 @@ from cityrag_jax.training.examples import (
     open_cities,
     stream,
 )
+from cityrag_jax.training.grace import describe_grace
 from cityrag_jax.training.latents import Latents, describe_latents
 from cityrag_jax.training.lock import WorkdirLock
 from cityrag_jax.training.log import (
@@ -79,6 +80,7 @@ from cityrag_jax.training.start import (
 )
 from cityrag_jax.training.step import Metrics, TrainState
 from cityrag_jax.training.task import Encoders, Examples, Params
+from cityrag_jax.training.watchdog import Watchdog
 from cityrag_jax.training.words import describe_end, describe_start
 
 
@@ -101,7 +103,10 @@ def train(config: ConfigDict, workdir: Path | str, profile: range = range(0)) ->
         with (
             layout(mesh, dict(config.train.rules)),
             TrainingCheckpoints(
-                workdir / "checkpoints", keep=config.train.keep, writable=True
+                workdir / "checkpoints",
+                keep=config.train.keep,
+                keep_every=config.train.keep_every,
+                writable=True,
             ) as checkpoints,
         ):
             path = workdir / "model"
@@ -165,9 +170,11 @@ class _Training:
         announce("compiling the encoders, encoding held-out clips")
         held_out = held_out_examples(encode, self.sources, config, self.mesh)
         batches = Waiting(self._batches(first, encode, latents))
+        watchdog = Watchdog(self.workdir / "progress", config.train.stuck_s)
 
         def measure(state):
             """Average the held-out losses, of averaged parameters if there are any."""
+            watchdog.at("measuring the held-out loss")
             params = frozen | (state.ema or state.params)
             losses = {
                 name: [
@@ -184,9 +191,12 @@ class _Training:
         update = update.result()
 
         def call(state):
-            return update(state, frozen, encoders, next(batches))
+            watchdog.at("waiting for clips")
+            batch = next(batches)
+            watchdog.at("in an update")
+            return update(state, frozen, encoders, batch)
 
-        with self._open_log(first) as log:
+        with self._open_log(first) as log, watchdog:
             log.write(first, held)
             announce(f"training from step {first}, to {config.train.steps}")
             state, last = self._update(state, call, measure, batches, log)
@@ -206,8 +216,8 @@ class _Training:
     ) -> tuple[TrainState, dict[str, float]]:
         """Make updates until the last; give the state and its held-out losses."""
         config, step, held = self.config, int(state.step), {}
-        end_of_first = step + config.train.updates_per_call
-        losses, watch = Losses(config.train.patience), Stopwatch()
+        end_of_first, warned = step + config.train.updates_per_call, False
+        losses, watch = Losses(config.train.patience, config.train.spike), Stopwatch()
         profile = Profile(self.workdir / "profile", self.profile)
         with Signals() as signals, contextlib.closing(profile):
             schedule = Schedule(config, signals)
@@ -220,9 +230,17 @@ class _Training:
                 if step == end_of_first:  # what was not compiled ahead does not count
                     jax.block_until_ready(metrics)
                     schedule.start()
+                self.checkpoints.check()
                 due = schedule.after(step)
                 if due.report:
-                    report = self._collect(losses, watch, batches, step)
+                    try:
+                        report = self._collect(losses, watch, batches, step)
+                    finally:
+                        for remark in losses.take_remarks():
+                            log.remark(remark.step, str(remark))
+                    if not warned:
+                        warned = True
+                        self._warn_of_grace(state, report["seconds_per_step"])
                     with watch.paused():
                         if due.evaluate:
                             report |= (held := measure(state))
@@ -257,6 +275,15 @@ class _Training:
         )
         report["data_wait_s"] = batches.take_seconds() / updates
         return report | {"learning_rate": float(rate(step - 1))}
+
+    def _warn_of_grace(self, state: TrainState, step_s: float) -> None:
+        """Say so if a scheduler's grace is too short to end what runs and to save."""
+        train = self.config.train
+        if train.grace_s:
+            given = step_s * train.updates_per_call, train.grace_s
+            told = describe_grace(state, self.workdir, *given)
+            if told:
+                say(told)
 
     def _compile_ahead(self) -> Future[jax.stages.Compiled]:
         """Compile the update in a thread of its own, where nothing waits for it."""
@@ -316,10 +343,13 @@ class _Training:
         yield from stream(self.sources, self.config, 0, self.mesh)
 
 
+GRACE = "seconds that a scheduler grants from SIGTERM to SIGKILL: warn if too few"
+
 COMMAND = Command(__doc__)
 COMMAND.needs_config()
 COMMAND.needs("--workdir", help="folder of this training; the same one goes on with it")
 COMMAND.takes("--profile", metavar="A:B", help="trace updates A to B, counted from 1")
+COMMAND.takes("--grace-s", type=float, default=0.0, help=GRACE)
 COMMAND.switch("--distributed", DISTRIBUTED)
 COMMAND.switch("--trust", TRUST)
 
@@ -330,6 +360,7 @@ def main(given: argparse.Namespace) -> int:
     keep_compilations()
     initialise(given.distributed)
     trust(given.trust)
+    given.config.train.grace_s = given.grace_s or given.config.train.grace_s
     profile = parse_steps(given.profile) if given.profile else range(0)
     try:
         train(given.config, given.workdir, profile)

@@ -96,6 +96,9 @@ def _gpu() -> ConfigDict:
     config.train.mismatch_probability = 0.04
     config.train.ema_decay = 0.998
     config.train.patience = 3
+    config.train.spike = 4.0  # medians: a loss above is logged with its clips
+    config.train.stuck_s = 1800.0  # without progress, then the job ends
+    config.train.grace_s = 0.0  # between SIGTERM and SIGKILL, if known
     config.train.max_seconds = 0.0
     config.train.init_from = ""
     config.train.init_fitting = False  # take of it what has the same shape
@@ -106,6 +109,7 @@ def _gpu() -> ConfigDict:
     config.train.checkpoint_interval = 5000
     config.train.checkpoint_minutes = 0.0  # or so often; 0: by steps alone
     config.train.keep = 2
+    config.train.keep_every = 0  # steps of which one checkpoint stays for good
     config.train.save_dtype = "bfloat16"
     config.train.tensorboard = False
 

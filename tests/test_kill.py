@@ -5,7 +5,11 @@ between start and commit of a save. The test compares every stored array's diges
 """
 
 import json
+import os
+import pathlib
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +19,7 @@ import pytest
 import training_city
 from orbax.checkpoint import v1 as ocp
 
+from cityrag_jax.checkpoint import TrainingCheckpoints
 from cityrag_jax.training.log import read_metrics
 
 STEPS = 24
@@ -172,3 +177,53 @@ def test_told_to_stop_it_saves_the_running_step_and_says_so(
     assert "Traceback" not in said and not (workdir / "lock.json").exists()
     _finish(folder, workdir, 16, **rare)
     assert _digests(workdir) == _digests(folder / "whole16")
+
+
+def _limit_files(process, workdir):
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def _remove_checkpoints(process, workdir):
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+
+
+def _kill_a_data_worker(process, workdir):
+    tasks = pathlib.Path(f"/proc/{process.pid}/task")
+    children = {int(n) for f in tasks.glob("*/children") for n in f.read_text().split()}
+    for child in children:
+        if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "fault, told, changes",
+    [
+        (
+            _limit_files,
+            r"step \d+ could not be written \(File too large\); .*ulimit",
+            {},
+        ),
+        (_remove_checkpoints, r"could not be written \(No such file .* is gone", {}),
+        (_kill_a_data_worker, "data worker", dict(data__workers=1)),
+    ],
+    ids=["full", "gone", "worker"],
+)
+def test_a_fault_of_disk_or_worker_ends_it_in_one_message(
+    uninterrupted, fault, told, changes
+):
+    """At once, with cause and cure; the same command goes on to the same bits."""
+    folder = uninterrupted
+    workdir = folder / fault.__name__
+    long = dict(train__steps=100_000, eval__interval=100_000) | changes
+    process = _start(folder, workdir, 0, subprocess.PIPE, **long)
+    while process.poll() is None and not _saves(workdir)[0]:
+        time.sleep(0.01)
+    fault(process, workdir)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said[-3000:]
+    assert "Traceback" not in said and re.search(told, said), said
+    if fault is not _remove_checkpoints:
+        with TrainingCheckpoints(workdir / "checkpoints") as checkpoints:
+            assert checkpoints.read_notes()["next_batch"] == checkpoints.steps[-1]
+    assert not (workdir / "lock.json").exists()

@@ -7,11 +7,13 @@ which a stacked array is one entry for each layer (`name@000`), and notes. Every
 verifies the digests.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,25 +134,35 @@ class TrainingCheckpoints:
     """
 
     def __init__(
-        self, folder: Path | str, *, keep: int | None = None, writable: bool = False
+        self,
+        folder: Path | str,
+        *,
+        keep: int | None = None,
+        keep_every: int = 0,
+        writable: bool = False,
     ):
+        """Open the folder; the newest `keep` stay and, of `keep_every` steps, one."""
         self.folder = Path(folder).absolute()
-        policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=(
                 ocp.training.save_decision_policies.FixedIntervalPolicy(1)
             ),
-            preservation_policy=policies.LatestN(keep) if keep else None,
+            preservation_policy=_preserve(keep, keep_every) if keep else None,
             cleanup_tmp_directories=writable,
         )
-        self._pending: ocp.AsyncResponse | None = None
+        self._pending: Future | None = None
+        self._pending_step = 0
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(Exception):  # of what ends the training, one is enough
+            self.close()
 
     @property
     def steps(self) -> list[int]:
@@ -166,7 +178,8 @@ class TrainingCheckpoints:
     ) -> None:
         """Start to save; the arrays may be donated as soon as this returns.
 
-        Waits for the save before, and raises what went wrong with it.
+        Waits for the save before. Raises ValueError if that or this one cannot be
+        written.
         """
         self.wait()
         items, digests = {}, {}
@@ -175,9 +188,16 @@ class TrainingCheckpoints:
         record = {"format": FORMAT, "digests": digests, "notes": dict(notes)}
         text = json.dumps(record | {DIGEST: digest_json(record)})
         nonempty = {group: arrays for group, arrays in items.items() if arrays}
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step, nonempty | {"notes": {"json": text}}
-        )
+        self._pending_step = step
+        try:
+            saving = self._checkpointer.save_checkpointables_async(
+                step, nonempty | {"notes": {"json": text}}
+            )
+        except Exception as error:  # Orbax and tensorstore raise many kinds
+            raise self._not_written(error) from error
+        worker = ThreadPoolExecutor(1)
+        self._pending = worker.submit(saving.result)
+        worker.shutdown(wait=False)
 
     def restore(
         self,
@@ -259,11 +279,31 @@ class TrainingCheckpoints:
             origin=f"{self.folder / str(step)} ({group})",
         )
 
+    def check(self) -> None:
+        """Raise ValueError if the last save has failed; do not wait for it."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
-        """Wait until the last save is whole; raise if it failed."""
+        """Wait until the last save is whole; raise ValueError if it failed."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            if pending is not None:
+                pending.result()
+        except Exception as error:  # Orbax and tensorstore raise many kinds
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> ValueError:
+        step, told = self._pending_step, str(error)
+        reason = next((text for text in CAUSES if text in told), "")
+        older = [s for s in _whole_steps(self.folder) if s != step]
+        rest = f"step {older[-1]} is whole" if older else "there is none before it"
+        return ValueError(
+            f"{self.folder}: the checkpoint of step {step} could not be written "
+            f"({reason or ' '.join(told.split())[:200] or type(error).__name__}); "
+            f"{rest}. {CAUSES.get(reason, 'Look at the disk')}, then the same command "
+            "goes on."
+        )
 
     def close(self) -> None:
         """Wait, then free threads."""
@@ -289,6 +329,32 @@ class TrainingCheckpoints:
         if digest != digest_json(record):
             raise unreadable(path / "notes", ValueError("its checksum does not fit"))
         return record
+
+
+# What a system says of a disk, and what to do.
+CAUSES = {
+    "No space left on device": "Free some space, or lower config.train.keep",
+    "Disk quota exceeded": "Free some space, or lower config.train.keep",
+    "File too large": "Raise the limit of a file's size (ulimit -f)",
+    "No such file or directory": "The folder is gone: look who removed it",
+    "Permission denied": "Look at the rights of the folder",
+    "Read-only file system": "Look at the disk",
+    "Input/output error": "Look at the disk",
+    "Stale file handle": "Look at the disk",
+}
+
+
+def _preserve(keep: int, every: int):
+    policies = ocp.training.preservation_policies
+    newest = policies.LatestN(keep)
+    if not every:
+        return newest
+    return policies.AnyPreservationPolicy([newest, policies.EveryNSteps(every)])
+
+
+def _whole_steps(folder: Path) -> list[int]:
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _read_group(path, group, flat, stacked):

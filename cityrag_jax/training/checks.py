@@ -18,7 +18,8 @@ from cityrag_jax.training.tasks import describe_model
 # that begin so.
 FREE_KEYS = (
     *("train.mesh.", "train.rules.", "train.max_seconds", "train.log_interval"),
-    *("train.keep", "train.tensorboard", "train.micro_batches"),
+    *("train.keep", "train.tensorboard", "train.micro_batches", "train.stuck_s"),
+    *("train.spike", "train.grace_s"),
     *("train.checkpoint_minutes", "train.latents"),
     *("data.threads", "data.workers"),
     *("eval.table_clips", "eval.batch_size", "eval.noise_levels", "sample."),
@@ -99,7 +100,8 @@ def check_config(config: ConfigDict) -> None:
     require(
         0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."
     )
-    for name in ("max_seconds", "checkpoint_minutes", "overfit"):
+    zeros = ("max_seconds", "checkpoint_minutes", "overfit", "keep_every", "stuck_s")
+    for name in (*zeros, "spike", "grace_s"):
         require(t[name] >= 0, f"train.{name} is {t[name]}; 0 turns it off.")
     if config.task == "CityRAG":
         _check_transformer(config, mesh, require)

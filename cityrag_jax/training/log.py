@@ -57,6 +57,7 @@ class NoLog:
         """Do nothing, as all else here."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def remark(self, step: int, text: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -124,6 +125,12 @@ class TrainingLog(NoLog):
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+
+    def remark(self, step: int, text: str) -> None:
+        """Say something of a step, and keep it among the reports."""
+        self._file.write(json.dumps({"step": step, "remark": text}) + "\n")
+        self._file.flush()
+        say(text)
 
     def close(self) -> None:
         """Close bar and files."""

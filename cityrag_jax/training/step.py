@@ -9,7 +9,7 @@ no device holds them whole.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -83,9 +83,9 @@ def make_step(
     equal parts of the batch, one after the other: that of the whole batch where the
     loss is a mean over clips.
 
-    Metrics are the loss's numbers, `loss`, `gradient_norm` (before clipping) and
-    `refused` (1 if the update was not finite: then parameters, average and optimiser
-    are as before), each with an entry for every update.
+    Metrics are the loss's numbers, `loss`, `gradient_norm` (before clipping), `refused`
+    (1 if the update was not finite: then parameters, average and optimiser are as
+    before) and `clips` (their ids), each with an entry for every update.
     """
 
     def constrain(gradients):
@@ -116,7 +116,8 @@ def make_step(
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), results), gradients
 
     def update(state, frozen, encoders, batch):
-        given = frozen, encoders, mix(batch, state.step), state.step
+        batch = mix(batch, state.step)
+        given = frozen, encoders, batch, state.step
         (number, more), gradients = accumulate(state.params, *given)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(number) & jnp.isfinite(norm)
@@ -127,7 +128,7 @@ def make_step(
         old = dataclasses.replace(state, step=new.step)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         metrics = {"loss": number, "gradient_norm": norm, "refused": ~finite}
-        return kept, metrics | more
+        return kept, metrics | more | name_clips(batch)
 
     def call(state, *given):
         if updates == 1:
@@ -137,6 +138,13 @@ def make_step(
 
     out = None if shardings is None else (shardings, None)
     return jax.jit(call, donate_argnums=0, out_shardings=out)
+
+
+def name_clips(batch: PyTree) -> Metrics:
+    """Give the ids of a batch's clips, if it has any."""
+    named = isinstance(batch, dict) and "clip_id" in batch
+    ids = batch["clip_id"] if named else getattr(batch, "clip_id", None)
+    return {} if ids is None else {"clips": jnp.asarray(ids)}
 
 
 def split_batch(x: Array, count: int) -> Array:
@@ -162,10 +170,16 @@ def average(
     return {name: x + weight * (params[name] - x) for name, x in ema.items()}
 
 
-def check_finite(steps: list[int], refused: list[Any], patience: int) -> None:
+def check_finite(
+    steps: list[int],
+    refused: list[Any],
+    patience: int,
+    clips: Mapping[int, str] | None = None,
+) -> None:
     """Raise FloatingPointError if `patience` updates in a row were refused.
 
-    Both lists run together, over the updates since the last good one.
+    Both lists run together, over the updates since the last good one; `clips` names
+    those of a step.
     """
     bad = []
     for step, was_refused in zip(steps, refused, strict=True):
@@ -175,5 +189,10 @@ def check_finite(steps: list[int], refused: list[Any], patience: int) -> None:
                 f"Loss or gradient was not finite in steps {bad[0]} to {bad[-1]}; the "
                 "parameters are those before. Lower optimizer.learning_rate, or look "
                 "at the clips of these steps, then start again from the last "
-                "checkpoint."
+                f"checkpoint.{_list_clips(bad, clips or {})}"
             )
+
+
+def _list_clips(steps: list[int], clips: Mapping[int, str]) -> str:
+    lines = [f"\n  step {step}: clips {clips[step]}" for step in steps if step in clips]
+    return "".join(lines)

@@ -1,0 +1,92 @@
+"""A process that lives but gets no further is named, and the training ends.
+
+JAX notices a process that died. One that hangs (a disk that does not answer, a worker
+without an end) leaves the others waiting inside a collective for ever. So each process
+says in a file of the workdir how far it is, and one that has got no further for the
+limit reads what all say: those behind the others are the culprits.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+
+STUCK = 75  # exit code: try again (EX_TEMPFAIL)
+
+
+class Watchdog:
+    """Context: ends this process when nothing new is said for `limit_s`; 0: never.
+
+    `folder` is one that all processes see.
+    """
+
+    def __init__(self, folder: Path, limit_s: float):
+        self._folder, self._limit_s = folder, limit_s
+        self._file = folder / f"{jax.process_index()}.json"
+        self._count, self._doing = 0, "starting"
+        self._since = time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        if self._limit_s > 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._closed.set()
+        if self._limit_s > 0:
+            self._thread.join()
+            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others are still in it
+                self._folder.rmdir()
+
+    def at(self, doing: str) -> None:
+        """Say what begins now; all processes say the same things in the same order."""
+        self._count += 1
+        self._doing, self._since = doing, time.monotonic()
+
+    def _watch(self) -> None:
+        told = -1
+        while not self._closed.wait(min(1.0, self._limit_s / 10)):
+            if self._count != told:
+                told = self._count
+                with contextlib.suppress(OSError):  # is the disk full, a save says so
+                    self._tell(told)
+            if time.monotonic() - self._since > self._limit_s:
+                print(self._verdict(), file=sys.stderr, flush=True)
+                os._exit(STUCK)
+
+    def _tell(self, count: int) -> None:
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"count": count, "doing": self._doing}))
+        os.replace(temporary, self._file)
+
+    def _verdict(self) -> str:
+        places = {jax.process_index(): {"count": self._count, "doing": self._doing}}
+        for file in self._folder.glob("*.json"):
+            if int(file.stem) < jax.process_count():  # not of a larger training before
+                places.setdefault(int(file.stem), json.loads(file.read_text()))
+        return describe_stuck(places, self._limit_s)
+
+
+def describe_stuck(places: dict[int, dict], limit_s: float) -> str:
+    """Name the processes that are behind all others, with what each of them does."""
+    least = min(place["count"] for place in places.values())
+    behind = {n: p for n, p in sorted(places.items()) if p["count"] == least}
+    if len(behind) == len(places):
+        culprits = f"all processes, {next(iter(behind.values()))['doing']}"
+    else:
+        culprits = ", ".join(f"process {n}, {p['doing']}" for n, p in behind.items())
+    return (
+        f"error: no progress for {limit_s:.0f} s: stuck is {culprits}. The training "
+        "ends here; end what is left of that process, look at its machine and disks, "
+        "and the same command goes on from the last checkpoint. "
+        "(config.train.stuck_s is the limit.)"
+    )
