@@ -4,6 +4,7 @@ Two processes with four CPU devices each, against one with eight: the same losse
 parameters, one set of files, and either goes on where the other stopped.
 """
 
+import json
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import training_city
+from orbax.checkpoint import v1 as ocp
 
 from cityrag_jax.checkpoint import latest_model, parameters
 from cityrag_jax.training.log import read_metrics
@@ -159,6 +161,49 @@ def test_a_second_training_in_a_workdir_is_refused(folder):
     assert (folder / "locked" / "lock.json").exists()
     run(folder, "locked", (1, 1, 1), 1, **long, train__max_seconds=1e-3)
     assert not (folder / "locked" / "lock.json").exists()
+
+
+def wait_for_step(workdir, step):
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        lines = read_metrics(workdir)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+
+
+def test_one_process_killed_or_stuck_ends_all_and_they_go_on_to_the_same_bits(folder):
+    """Killed outright, then stopped but alive: named by the others' own watchdog."""
+    steps = dict(train__steps=24, eval__interval=24)
+    run(folder, "undisturbed", (1, 4, 2), 2, **steps)
+    killed = start(folder, "disturbed", (1, 4, 2), 2, **steps)
+    wait_for_step(folder / "disturbed", 4)
+    killed[1].kill()
+    ended = [process.communicate(timeout=120) for process in killed]
+    assert killed[0].returncode != 0, ended[0]
+    limit_s = 20.0
+    stuck = start(folder, "disturbed", (1, 4, 2), 2, **steps, train__stuck_s=limit_s)
+    wait_for_step(folder / "disturbed", 12)
+    stuck[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    _, said = stuck[0].communicate(timeout=120)
+    assert limit_s - 1 < time.monotonic() - stopped < limit_s + 10
+    stuck[1].kill()
+    stuck[1].communicate()
+    assert stuck[0].returncode == 75, said
+    assert "stuck is process 1, in an update" in said or "waiting for clips" in said
+    assert "Traceback" not in said and "stuck is process 1," in said
+    run(folder, "disturbed", (1, 4, 2), 2, **steps)
+    whole, again = (
+        json.loads(note)["digests"]
+        for note in (_notes(folder / name, 24) for name in ("undisturbed", "disturbed"))
+    )
+    assert whole == again
+
+
+def _notes(workdir, step):
+    path = workdir / "checkpoints" / str(step)
+    return ocp.load_checkpointables(path, {"notes": None})["notes"]["json"]
 
 
 def test_what_is_missing_for_a_start_in_several_processes_is_named(folder):

@@ -35,14 +35,13 @@ def folder(tmp_path_factory):
 
 def _command(folder, workdir, pool, **changes):
     often = dict(train__checkpoint_interval=3, train__log_interval=1)
+    often |= dict(train__steps=STEPS, eval__interval=12)
     return training_city.command(
         "toy_city.py:test",
         workdir,
         data__city=folder / "city",
         model__vae=folder / "vae",
-        train__steps=STEPS,
         train__pool=pool,
-        eval__interval=12,
         **often | changes,
     )
 
@@ -205,15 +204,12 @@ def _kill_a_data_worker(process, workdir):
             {},
         ),
         (_remove_checkpoints, r"could not be written \(No such file .* is gone", {}),
-        (_kill_a_data_worker, "data worker", dict(data__workers=1)),
+        (_kill_a_data_worker, "worker ended .* data.workers", dict(data__workers=1)),
     ],
     ids=["full", "gone", "worker"],
 )
-def test_a_fault_of_disk_or_worker_ends_it_in_one_message(
-    uninterrupted, fault, told, changes
-):
-    """At once, with cause and cure; the same command goes on to the same bits."""
-    folder = uninterrupted
+def test_a_fault_of_disk_or_worker_ends_it_in_one_message(folder, fault, told, changes):
+    """At once, with cause and cure, and the checkpoint before it is whole."""
     workdir = folder / fault.__name__
     long = dict(train__steps=100_000, eval__interval=100_000) | changes
     process = _start(folder, workdir, 0, subprocess.PIPE, **long)

@@ -89,7 +89,22 @@ def stream(
         num_workers=config.data.workers,
         first_clips=config.train.overfit,
     )
-    return (place_batch(clip, mesh, size) for clip in batches)
+    return (place_batch(clip, mesh, size) for clip in _with_cure(batches))
+
+
+def _with_cure(batches: Iterator[Clip]) -> Iterator[Clip]:
+    """Say what to do if a process that loads clips is killed, as for its memory."""
+    try:
+        yield from batches
+    except RuntimeError as error:  # Grain's
+        if "Worker process was terminated" not in str(error):
+            raise
+        reason = str(error).split(".")[0].removeprefix("Worker process was ")
+        raise ValueError(
+            f"A data worker ended while it loaded clips ({reason}). A machine without "
+            "memory kills so (-9): lower config.data.workers; the same command goes on "
+            "from the last checkpoint."
+        ) from error
 
 
 class Waiting:
