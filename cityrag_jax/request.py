@@ -23,13 +23,21 @@ from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
 from cityrag_jax.generator import Generator, open_generator, open_mesh
 from cityrag_jax.geo.grounding import GAPS, WAYS, Retrieval
-from cityrag_jax.geo.photo import level_photo, parse_photo_pose, start_at_photo
+from cityrag_jax.geo.photo import (
+    PhotoPose,
+    level_photo,
+    parse_photo_pose,
+    start_at_photo,
+)
 from cityrag_jax.geo.trajectory import insert_stops
+from cityrag_jax.importers.tags import read_tags
 from cityrag_jax.parallel import any_process
 from cityrag_jax.recording import Recording, digest
 from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
+
+EXIF = "exif"  # a photo pose that the photo tells itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +249,37 @@ def read_poses(
     return insert_stops(poses, spacing_m, fps, read_stops(order.stops))
 
 
+def read_photo_pose(order: Order) -> PhotoPose:
+    """Read where the photo was taken and looked, of what was given or of its tags."""
+    if order.photo_pose != EXIF:
+        return parse_photo_pose(order.photo_pose)
+    tags = read_tags(Path(order.image))
+    missing = [
+        name
+        for name in ("latitude_deg", "longitude_deg", "heading_deg")
+        if np.isnan(getattr(tags, name))
+    ]
+    if missing:
+        raise ValueError(
+            f"{order.image} does not tell its {', '.join(missing)} in EXIF or GPano "
+            "tags; give --photo-pose=LAT,LON,HEADING[,PITCH[,FOV]]."
+        )
+    return PhotoPose(
+        tags.latitude_deg,
+        tags.longitude_deg,
+        tags.heading_deg,
+        float(np.nan_to_num(tags.pitch_deg)),
+        None if np.isnan(tags.fov_deg) else tags.fov_deg,
+    )
+
+
 def read_request(
     order: Order, config: ConfigDict, checkpoint: Path | str, city: City
 ) -> Request:
     """Read the files of an order; ValueError for what is wrong with them."""
     photo, poses = read_image(order.image), read_poses(order, city, config.sample)
     if order.photo_pose:
-        clips, pose = clip_config(config.data), parse_photo_pose(order.photo_pose)
+        clips, pose = clip_config(config.data), read_photo_pose(order)
         photo = level_photo(photo, pose, clips.height, clips.width, clips.fov_deg)
         poses = start_at_photo(poses, pose)
     return Request(

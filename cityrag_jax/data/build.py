@@ -5,6 +5,7 @@ under its name only when it is complete.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def build_toy_city(
     )
     bar = tqdm.tqdm(total=len(captures), desc=f"rendering {config.name}", unit="pano")
     with bar:
-        panoramas = _render(config, made, height, bar)
+        panoramas = functools.partial(_render, config, made, height, bar)
         written = write_city(
             folder, header, captures, panoramas, quality=quality, overwrite=overwrite
         )
@@ -117,10 +118,14 @@ def columns_of(made: list[Drive], anchor: tuple[float, float, float]) -> Capture
 
 
 def _render(
-    config: CityConfig, made: list[Drive], height: int, bar: tqdm.tqdm
+    config: CityConfig, made: list[Drive], height: int, bar: tqdm.tqdm, start: int
 ) -> Iterator[UInt8[np.ndarray, "P W 3"]]:
+    """Render the panoramas of drives from one of them on."""
+    bar.update(start)
     for drive in made:
-        for first in range(0, len(drive.time_s), RENDER_AT_ONCE):
+        skipped = min(start, len(drive.time_s))
+        start -= skipped
+        for first in range(skipped, len(drive.time_s), RENDER_AT_ONCE):
             part = slice(first, first + RENDER_AT_ONCE)
             poses, times_s = drive.enu_from_camera[part], drive.time_s[part]
             pictures = render_panoramas(config, drive.scene, poses, times_s, height)
