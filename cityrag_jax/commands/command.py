@@ -116,22 +116,25 @@ class Command:
                 self._parser.error(str(error))
         return given
 
-    def run(
+    def run(self, main: Callable[[argparse.Namespace], int | None]) -> NoReturn:
+        """Parse the command line, call, and exit as a good host does."""
+        sys.exit(self.call(main))
+
+    def call(
         self,
         main: Callable[[argparse.Namespace], int | None],
         arguments: Sequence[str] | None = None,
-    ) -> NoReturn:
-        """Parse, call, and exit as a good host does."""
+    ) -> int:
+        """Parse, call, and give the exit code; say in a line what went wrong."""
         given = self.parse(arguments)
         if given.debug:
-            sys.exit(main(given))
+            return main(given) or 0
         try:
-            code = main(given)
+            return main(given) or 0
         except KeyboardInterrupt:
-            sys.exit(_say("stopped.", STOPPED))
+            return _say("stopped.", STOPPED)
         except Exception as error:
-            sys.exit(_say(*describe_error(error)))
-        sys.exit(code)
+            return _say(*describe_error(error))
 
     def _finish(self) -> None:
         """Add, once and last, what every command takes."""
