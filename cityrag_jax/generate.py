@@ -110,6 +110,7 @@ IMAGE = "photo at the path's first place, JPEG or PNG"
 JOBS = "a list of videos to make, a JSON object a line, instead of image and path"
 DEVICES = "share this process's devices out to jobs, so many each"
 STEP = "what a solver step of a clip takes, for the device hours of --check"
+BURN = "name the panoramas' owners in the video's pictures, not in its metadata alone"
 INDEPENDENT = "take jobs for oneself, even where a launcher started several processes"
 CHECK = "read the whole list and say what would be wrong with it, and make nothing"
 PATH = "line as .geojson, .gpx, .kml or .csv of lat,lon, or words as .txt"
@@ -141,6 +142,7 @@ COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo"
 COMMAND.takes("--text", default="", help=TEXT)
 COMMAND.takes("--retrieval", choices=WAYS, default=WAYS[0], help=RETRIEVAL)
 COMMAND.takes("--gaps", choices=GAPS, default=GAPS[0], help=GAPS_HELP)
+COMMAND.switch("--burn-attribution", BURN)
 COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.takes("--devices-per-job", type=int, help=DEVICES)
 COMMAND.takes("--seconds-per-step", type=float, help=STEP)

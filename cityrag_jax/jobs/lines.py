@@ -141,9 +141,9 @@ def _check_field(key: str, value: Any) -> None:
         near = nearest(key, [*FIELDS, "id", "sample"])
         hint = f"is {' or '.join(near)} meant" if near else f"use {', '.join(FIELDS)}"
         raise ValueError(f"{key!r} is no key of a job; {hint}?")
-    kinds = {"seed": int, "speed_m_s": int | float | None}
+    kinds = {"seed": int, "speed_m_s": int | float | None, "burn_attribution": bool}
     kind = kinds.get(key, str)
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
         named = getattr(kind, "__name__", "number")
         raise ValueError(f"{key} is {value!r}; it must be a {named}.")
 
