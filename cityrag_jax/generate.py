@@ -91,7 +91,9 @@ def read_order(given: argparse.Namespace) -> Order:
 def check_given(given: argparse.Namespace) -> None:
     """Raise ValueError for options that lack, or that do not go together."""
     of_one, of_many = ("image", "path", "script", "photo_pose"), ("devices_per_job",)
-    of_many += ("seconds_per_step", "check")
+    of_many += ("seconds_per_step", "check", "independent")
+    if given.independent and given.distributed:
+        raise ValueError("--independent or --distributed: alone or joined, not both.")
     if not given.checkpoint and not given.check:
         raise ValueError("--checkpoint must be given: a model folder or workdir.")
     wrong = of_one if given.jobs else of_many
@@ -108,6 +110,8 @@ IMAGE = "photo at the path's first place, JPEG or PNG"
 JOBS = "a list of videos to make, a JSON object a line, instead of image and path"
 DEVICES = "share this process's devices out to jobs, so many each"
 STEP = "what a solver step of a clip takes, for the device hours of --check"
+BURN = "name the panoramas' owners in the video's pictures, not in its metadata alone"
+INDEPENDENT = "take jobs for oneself, even where a launcher started several processes"
 CHECK = "read the whole list and say what would be wrong with it, and make nothing"
 PATH = "line as .geojson, .gpx, .kml or .csv of lat,lon, or words as .txt"
 SCRIPT = "the path in words instead: 'start LAT,LON HEADING; forward 30; left 90'"
@@ -138,10 +142,12 @@ COMMAND.takes("--without", default="", help="conditions to leave out: pose, geo"
 COMMAND.takes("--text", default="", help=TEXT)
 COMMAND.takes("--retrieval", choices=WAYS, default=WAYS[0], help=RETRIEVAL)
 COMMAND.takes("--gaps", choices=GAPS, default=GAPS[0], help=GAPS_HELP)
+COMMAND.switch("--burn-attribution", BURN)
 COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.takes("--devices-per-job", type=int, help=DEVICES)
 COMMAND.takes("--seconds-per-step", type=float, help=STEP)
 COMMAND.switch("--check", CHECK)
+COMMAND.switch("--independent", INDEPENDENT)
 COMMAND.switch("--distributed", DISTRIBUTED)
 COMMAND.switch("--trust", TRUST)
 
@@ -153,7 +159,7 @@ def main(given: argparse.Namespace) -> int:
         return check_list(given)
     logging.set_verbosity(logging.WARNING)
     keep_compilations()
-    initialise(given.distributed)
+    initialise(given.distributed, alone=given.independent)
     parking = Parking()  # behind that: joined processes would get JAX's own handler
     trust(given.trust)
     return (make_list if given.jobs else make_one)(given, parking)

@@ -59,6 +59,7 @@ class Order:
     text: str = ""
     retrieval: str = WAYS[0]
     gaps: str = GAPS[0]
+    burn_attribution: bool = False
 
     def check(self) -> None:
         """Raise ValueError for what lacks or cannot be, before a file is read."""
@@ -77,7 +78,8 @@ class Request:
 
     `without` leaves out "pose" or "geo"; `text` holds the rows of a prompt in the place
     of the checkpoint's; `way` and `gaps` are those of `geo.grounding.Retrieval`;
-    `weights` is the checkpoint's digest, where it is known already.
+    `weights` is the checkpoint's digest, where it is known already; `burn` has the
+    panoramas' owners named in the video's pictures.
     """
 
     config: ConfigDict
@@ -91,6 +93,7 @@ class Request:
     way: str = WAYS[0]
     gaps: str = GAPS[0]
     weights: str = ""
+    burn: bool = False
 
     @functools.cached_property
     def job(self) -> Job:
@@ -115,7 +118,8 @@ class Request:
 
     def identity(self) -> dict[str, Any]:
         """Say what decides about the video's pixels besides the job."""
-        solver = ("num_steps", "shift", "guidance", "scales", "preset", "ratios")
+        solver = ("num_steps", "shift", "guidance", "scales", "guided")
+        solver += ("preset", "ratios")
         return {
             "weights": self.weights or identify_model(self.checkpoint),
             **{name: self.config.sample[name] for name in solver},
@@ -151,7 +155,8 @@ def generate_into(
     is whole. `facts` join those of generate.json.
     """
     job, fps = request.job, float(request.config.sample.fps)
-    with Recording(out, job, request.identity(), fps=fps) as recording:
+    kinds = dict(fps=fps, burn=request.burn)
+    with Recording(out, job, request.identity(), **kinds) as recording:
         if recording.count < len(job.spans):
             if any_process(np.array([stopped()]))[0]:
                 return False
@@ -293,4 +298,5 @@ def read_request(
         text=read_text(order.text) if order.text else None,
         way=order.retrieval,
         gaps=order.gaps,
+        burn=order.burn_attribution,
     )

@@ -366,6 +366,7 @@ def test_the_door_checks_a_list_and_ends_with_3(city, tmp_path, capsys):
         (["--checkpoint=c", "--image=x"], "a path or a script"),
         (["--checkpoint=c", "--image=x", "--jobs=j"], "--image: of one video"),
         (["--image=x", "--path=y", "--check"], "--check: of a list of videos"),
+        (["--jobs=j", "--independent", "--distributed"], "alone or joined, not both"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words, message):

@@ -42,14 +42,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def write_list(folder, count: int, bad: bool = True) -> list[str]:
-    """Write `count` jobs of two or three clips, and one that cannot be done."""
+def write_list(folder, count: int, speed_m_s: int = 15) -> list[str]:
+    """Write `count` jobs, of two or three clips if slow, and one that is none."""
     jobs = [
         dict(id=f"j{i}", image=f"{'ab'[i % 2]}.png", path="path.csv", seed=i // 4)
-        | dict(speed_m_s=15 + i % 3)
+        | dict(speed_m_s=speed_m_s + i % 3)
         for i in range(count)
     ]
-    wrong = [dict(id="bad", image="none.png", path="path.csv")] * bad
+    wrong = [dict(id="bad", image="none.png", path="path.csv")]
     text = "".join(json.dumps(job) + "\n" for job in [*jobs[:1], *wrong, *jobs[1:]])
     (folder / f"jobs{count}.jsonl").write_text(text)
     return [job["id"] for job in jobs]
@@ -183,10 +183,12 @@ def test_sigterm_parks_every_job(folder, undisturbed):
 def test_a_job_spans_joined_processes(folder):
     """Two processes of two devices give what one process of four does.
 
-    Sums over processes are taken in another order, so that pixels round to a neighbour
-    here and there, and the next clip starts from those: measured PROBE.
+    Their sums are taken in another order: of the 4,608 values of a first clip's last
+    frame one came out as its neighbour. Videos of one clip, since the next one starts
+    from such a frame, and random weights make tens of it.
     """
-    names, words = write_list(folder, 2), ("--mesh=sequence:4",)
+    names = write_list(folder, 2, speed_m_s=40)
+    words = ("--mesh=sequence:4",)
     finish(start(folder, folder / "four", 2, *words, devices=4))
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -208,4 +210,5 @@ def test_a_job_spans_joined_processes(folder):
             for each in (out, folder / "four")
         )
         difference = np.abs(made - wanted)
-        assert (difference[:9] == 0).mean() > 0.99 and difference.max() < wanted.std()
+        assert len(made) < 9 and wanted.std() > 10
+        assert difference.max() <= 2 and (difference > 0).mean() < 1e-2

@@ -30,6 +30,16 @@ PLAN = {
     "drives_per_route": "at different times",
     "seed": "of all that is drawn",
 }
+# Of pairs, as data/pairs.py says; what is not given is as there.
+LIMITS = {
+    "max_mean_distance_m": "of a pair's drives",
+    "min_gap_s": "between a pair's drives",
+    "max_turn_deg": "between a pair's courses",
+    "max_step_m": "between captures of a clip",
+    "max_offset_m": "in height between two drives throughout",
+    "max_height_m": "in height beside that",
+    "buffer_m": "between training and what is held out; toy 0, else 100",
+}
 
 COMMAND = Command(__doc__)
 COMMAND.takes("--source", choices=["folder"], help="import pictures")
@@ -40,6 +50,9 @@ COMMAND.takes("--out", type=Path, help="folder of the new city")
 COMMAND.takes("--height", type=int, help="of a panorama, pixels; toy 512, else its own")
 COMMAND.takes("--num-frames", type=int, help="of a clip; toy 33, else 73")
 COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, else 0.1")
+COMMAND.takes("--stride", type=int, help="between windows that may be pairs, captures")
+for name, meaning in LIMITS.items():
+    COMMAND.takes(f"--{name.replace('_', '-')}", type=float, help=meaning)
 COMMAND.takes("--quality", type=int, default=90, help="of the JPEG tiles")
 COMMAND.switch("--overwrite", "replace the city that stands at --out")
 COMMAND.takes("--licence", help="of the pictures, as SPDX names it")
@@ -79,7 +92,7 @@ def main(given: argparse.Namespace) -> None:
         raise ValueError("Give one of --source=folder, --toy=NAME and --mine=DIR.")
     limits = {
         name: getattr(given, name)
-        for name in ("num_frames", "held_out_fraction")
+        for name in ("num_frames", "held_out_fraction", "stride", *LIMITS)
         if getattr(given, name) is not None
     }
     if given.mine:

@@ -23,6 +23,8 @@ from cityrag_jax.geo.ecef import ecef_from_enu
 LICENCE = "CC0-1.0"
 ATTRIBUTION = "rendered by cityrag_jax"
 RENDER_AT_ONCE = 64
+BUFFER_M = 100.0
+TOY_LIMITS = {"buffer_m": 0.0, "every_pass": False}
 
 # What `tools/build_city.py --preset` changes of a toy city's plan.
 PRESETS = {
@@ -48,11 +50,12 @@ def build_toy_city(
     held_out_fraction: float = 0.25,
     quality: int = 90,
     overwrite: bool = False,
+    **limits: float | int,
 ) -> City:
     """Render a toy city's panoramas, write them as a city, mine pairs of its drives.
 
     `held_out_fraction` of the neighbourhoods is kept for evaluation: 1.0 for a city
-    never trained on.
+    never trained on; `limits` are other values of `PairConfig`.
     """
     made = drives(config)
     anchor = (config.latitude_deg, config.longitude_deg, config.height_m)
@@ -62,9 +65,9 @@ def build_toy_city(
     )
     captures = columns_of(made, anchor)
     # Before the long part: a city without pairs is of no use.
-    pairs = mine_pairs(
-        captures, config.name, pair_config(num_frames, held_out_fraction)
-    )
+    limits = {**TOY_LIMITS, **limits}
+    rules = pair_config(num_frames, held_out_fraction, **limits)
+    pairs = mine_pairs(captures, config.name, rules)
     bar = tqdm.tqdm(total=len(captures), desc=f"rendering {config.name}", unit="pano")
     with bar:
         panoramas = functools.partial(_render, config, made, height, bar)
@@ -76,24 +79,35 @@ def build_toy_city(
 
 
 def mine_city(
-    folder: str | Path, num_frames: int = 73, held_out_fraction: float = 0.1
+    folder: str | Path,
+    num_frames: int = 73,
+    held_out_fraction: float = 0.1,
+    **limits: float | int,
 ) -> Pairs:
-    """Mine the pairs of a city on disk, again or for the first time."""
+    """Mine the pairs of a city on disk, again or for the first time.
+
+    `limits` are those of `PairConfig`. Training keeps `BUFFER_M` away from what is held
+    out, but in toy cities, whose neighbourhoods lie apart.
+    """
     opened = City(folder)
-    config = pair_config(num_frames, held_out_fraction)
+    is_toy = "toy_city" in opened.header.generator
+    limits = {**(TOY_LIMITS if is_toy else {"buffer_m": BUFFER_M}), **limits}
+    config = pair_config(num_frames, held_out_fraction, **limits)
     pairs = mine_pairs(opened.captures, opened.name, config)
     save_pairs(opened.folder, pairs)
     return pairs
 
 
-def pair_config(num_frames: int, held_out_fraction: float) -> PairConfig:
+def pair_config(
+    num_frames: int, held_out_fraction: float, **limits: float | int
+) -> PairConfig:
     """Scale the paper's 73 frames and 61 condition frames to another length."""
-    return PairConfig(
-        num_frames=num_frames,
-        min_condition=round(num_frames * 61 / 73),
-        stride=max(1, round(num_frames * 8 / 73)),
-        held_out_fraction=held_out_fraction,
-    )
+    kinds = {
+        "min_condition": round(num_frames * 61 / 73),
+        "stride": max(1, round(num_frames * 8 / 73)),
+        "held_out_fraction": held_out_fraction,
+    }
+    return PairConfig(num_frames=num_frames, **{**kinds, **limits})
 
 
 def columns_of(made: list[Drive], anchor: tuple[float, float, float]) -> Captures:

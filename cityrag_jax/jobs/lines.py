@@ -25,7 +25,7 @@ from cityrag_jax.request import Order
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 # What a line may change of config.sample: nothing that another model or mesh needs.
 SAMPLE = (
-    *("num_steps", "shift", "guidance", "scales", "preset", "ratios"),
+    *("num_steps", "shift", "guidance", "scales", "guided", "preset", "ratios"),
     *("spacing_m", "radius_m", "fps"),
 )
 FILES = ("image", "path", "text")
@@ -141,9 +141,9 @@ def _check_field(key: str, value: Any) -> None:
         near = nearest(key, [*FIELDS, "id", "sample"])
         hint = f"is {' or '.join(near)} meant" if near else f"use {', '.join(FIELDS)}"
         raise ValueError(f"{key!r} is no key of a job; {hint}?")
-    kinds = {"seed": int, "speed_m_s": int | float | None}
+    kinds = {"seed": int, "speed_m_s": int | float | None, "burn_attribution": bool}
     kind = kinds.get(key, str)
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
         named = getattr(kind, "__name__", "number")
         raise ValueError(f"{key} is {value!r}; it must be a {named}.")
 
