@@ -204,13 +204,22 @@ def _indexed(path):
         raise ValueError(
             f"{path} has no weight_map; give a {INDEX_SUFFIX} file."
         ) from error
-    outside = sorted(name for name in shards if Path(name).name != name)
+    outside = sorted(repr(name) for name in shards if not _is_file_name(name))
     if outside:
         raise ValueError(
             f"{path} names {outside[0]}, which is outside its folder; only files "
             "beside the index are read."
         )
     return sorted(path.parent / name for name in shards)
+
+
+def _is_file_name(name: Any) -> bool:
+    """Say whether a name from a file is that of a file beside it, on any system."""
+    return (
+        isinstance(name, str)
+        and not set(name) & set("/\\:\0")
+        and name not in ("", ".", "..", "~")
+    )
 
 
 def write_checkpoint(
