@@ -158,6 +158,26 @@ def with_mesh(config: ConfigDict, text: str | None) -> ConfigDict:
     return changed
 
 
+def split_devices(sizes: Mapping[str, int], count: int) -> list[Mesh]:
+    """Build as many meshes of `count` devices as this machine's devices make.
+
+    Where `sizes` are those of one device, a clip's tokens are split over all of them.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--devices-per-job={count} splits the devices of a process that is alone; "
+            f"this is one of {jax.process_count()} joined ones, whose jobs span all."
+        )
+    devices = jax.local_devices()
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"--devices-per-job={count} of {len(devices)} devices.")
+    if all(size == 1 for size in sizes.values()):
+        sizes = dict(sizes) | {"sequence": -1}
+    filled = fill_mesh(sizes, count)
+    places = range(0, len(devices) - count + 1, count)
+    return [make_mesh(**filled, devices=devices[k : k + count]) for k in places]
+
+
 def open_mesh(sizes: Mapping[str, int]) -> Mesh | None:
     """Build the mesh to generate on; None for one device, which needs none.
 

@@ -62,14 +62,17 @@ HOST_MEMORY = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 MESSAGE_BYTES = 4096
 
 
-def initialise(distributed: bool = False) -> None:
+def initialise(distributed: bool = False, *, alone: bool = False) -> None:
     """Join the other processes, if this is one of several; once, before any device.
 
     With `distributed` as `DISTRIBUTED` says. Without it, or without any of its
-    variables, where JAX detects a launcher that started several. Saving and offloading
+    variables, where JAX detects a launcher that started several. Who is to work `alone`
+    joins nobody. Saving and offloading
     may fill the host's memory: by default GPUs' programs get 64 GB of it.
     """
     os.environ.setdefault(HOST_MEMORY, str(max(64, _host_memory_gb())))
+    if alone:
+        return
     given = {name: os.environ.get(name) for name in PROCESS_VARIABLES}
     missing = [name for name, value in given.items() if not value]
     if distributed and not missing:

@@ -49,12 +49,23 @@ class Recording:
 
     `facts` say what the video is made of besides the job: a folder that holds clips of
     other facts or of another job is refused with a ValueError, and so is one in which
-    another process works.
+    another process works. With `burn` the video's pictures say whose panoramas they
+    rest on; the frames that clips are chained by do not.
     """
 
-    def __init__(self, out: Path | str, job: Job, facts: dict[str, Any], *, fps: float):
+    def __init__(
+        self,
+        out: Path | str,
+        job: Job,
+        facts: dict[str, Any],
+        *,
+        fps: float,
+        burn: bool = False,
+    ):
         self.out, self.job, self.fps = Path(out), job, fps
-        self.identity = json.loads(json.dumps(facts | identify(job) | {"fps": fps}))
+        facts = facts | identify(job) | {"fps": fps} | ({"burnt": True} if burn else {})
+        self.identity = json.loads(json.dumps(facts))
+        self._burnt = describe_origin(job)["copyright"] if burn else ""
         self._lock = WorkdirLock(self.out)
         self._growing: JoinedVideo | None = None
         self.count = 0
@@ -144,7 +155,10 @@ class Recording:
         temporary = folder.with_name(f".{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_video(temporary / VIDEO, made.frames, self.fps)
+        frames = made.frames
+        if self._burnt:
+            frames = np.stack([report.caption(x, self._burnt) for x in frames])
+        write_video(temporary / VIDEO, frames, self.fps)
         write_video(temporary / CONDITIONS, made.condition, self.fps)
         write_image(temporary / "last.png", made.frames[-1])
         facts = {"frames": [made.span.begin, made.span.end - 1]}

@@ -4,6 +4,8 @@ import base64
 import html
 import os
 import tempfile
+import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -50,6 +52,29 @@ def label(image: Image, text: str) -> UInt8[np.ndarray, "_ W 3"]:
     at = (2, LABEL_HEIGHT - 5)
     cv2.putText(line, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.4, 0, 1, cv2.LINE_AA)
     return np.concatenate([line, image])
+
+
+def caption(image: Image, text: str) -> Image:
+    """Write lines of text over a picture's foot, dark on a light ground.
+
+    Letters are those of ASCII; others lose their accents. Half the picture is kept
+    free: what does not find room ends in dots.
+    """
+    height, width = image.shape[:2]
+    plain = unicodedata.normalize("NFKD", text.replace("©", "(c)"))
+    words = plain.encode("ascii", "ignore").decode()
+    scale = max(0.25, width / 2000)
+    font = (cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+    (letter, tall), low = cv2.getTextSize("n", *font)
+    step, letters = tall + low + 2, max(8, (width - 8) // max(letter, 1))
+    room = max(1, height // (2 * step))
+    lines = textwrap.wrap(words, letters, max_lines=room, placeholder=" ...")
+    shown, top = image.copy(), height - step * len(lines) - 2
+    shown[top:] = shown[top:] // 4 + 192
+    for number, line in enumerate(lines, 1):
+        at = (4, top + number * step - low)
+        cv2.putText(shown, line, at, font[0], scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return shown
 
 
 def strip(video: Video, count: int, *, gap: int = 2) -> UInt8[np.ndarray, "_ _ 3"]:

@@ -6,6 +6,7 @@ survives kills. One video's door and lists of jobs stand on these alike.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,21 @@ from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
 from cityrag_jax.generator import Generator, open_generator, open_mesh
 from cityrag_jax.geo.grounding import GAPS, WAYS, Retrieval
-from cityrag_jax.geo.photo import level_photo, parse_photo_pose, start_at_photo
+from cityrag_jax.geo.photo import (
+    PhotoPose,
+    level_photo,
+    parse_photo_pose,
+    start_at_photo,
+)
 from cityrag_jax.geo.trajectory import insert_stops
+from cityrag_jax.importers.tags import read_tags
 from cityrag_jax.parallel import any_process
 from cityrag_jax.recording import Recording, digest
 from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
 from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
+
+EXIF = "exif"  # a photo pose that the photo tells itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Order:
     text: str = ""
     retrieval: str = WAYS[0]
     gaps: str = GAPS[0]
+    burn_attribution: bool = False
 
     def check(self) -> None:
         """Raise ValueError for what lacks or cannot be, before a file is read."""
@@ -67,7 +77,9 @@ class Request:
     """A video that is wanted: of what photo, along which poses, by what model.
 
     `without` leaves out "pose" or "geo"; `text` holds the rows of a prompt in the place
-    of the checkpoint's; `way` and `gaps` are those of `geo.grounding.Retrieval`.
+    of the checkpoint's; `way` and `gaps` are those of `geo.grounding.Retrieval`;
+    `weights` is the checkpoint's digest, where it is known already; `burn` has the
+    panoramas' owners named in the video's pictures.
     """
 
     config: ConfigDict
@@ -80,9 +92,12 @@ class Request:
     text: Float32[np.ndarray, "S E"] | None = None
     way: str = WAYS[0]
     gaps: str = GAPS[0]
+    weights: str = ""
+    burn: bool = False
 
-    def plan(self) -> Job:
-        """Find what every clip will be conditioned on; no model is read."""
+    @functools.cached_property
+    def job(self) -> Job:
+        """What every clip will be conditioned on, found once; no model is read."""
         read_sampler(self.config.sample, self.without)
         clips = clip_config(self.config.data)
         return plan_job(
@@ -105,7 +120,7 @@ class Request:
         """Say what decides about the video's pixels besides the job."""
         solver = ("num_steps", "shift", "guidance", "scales", "preset", "ratios")
         return {
-            "weights": identify_model(self.checkpoint),
+            "weights": self.weights or identify_model(self.checkpoint),
             **{name: self.config.sample[name] for name in solver},
             "vae_dtype": self.config.model.vae_dtype,
             "without": list(self.without),
@@ -118,7 +133,7 @@ def generate(request: Request) -> Iterator[MadeClip]:
 
     Raises ValueError at once for whatever cannot be generated.
     """
-    job = request.plan()
+    job = request.job  # before the model is read
     return rollout(request.open(), job)
 
 
@@ -138,8 +153,9 @@ def generate_into(
     clip, the rest is left to another call with the same request. Says whether the video
     is whole. `facts` join those of generate.json.
     """
-    job, fps = request.plan(), float(request.config.sample.fps)
-    with Recording(out, job, request.identity(), fps=fps) as recording:
+    job, fps = request.job, float(request.config.sample.fps)
+    kinds = dict(fps=fps, burn=request.burn)
+    with Recording(out, job, request.identity(), **kinds) as recording:
         if recording.count < len(job.spans):
             if any_process(np.array([stopped()]))[0]:
                 return False
@@ -237,13 +253,37 @@ def read_poses(
     return insert_stops(poses, spacing_m, fps, read_stops(order.stops))
 
 
+def read_photo_pose(order: Order) -> PhotoPose:
+    """Read where the photo was taken and looked, of what was given or of its tags."""
+    if order.photo_pose != EXIF:
+        return parse_photo_pose(order.photo_pose)
+    tags = read_tags(Path(order.image))
+    missing = [
+        name
+        for name in ("latitude_deg", "longitude_deg", "heading_deg")
+        if np.isnan(getattr(tags, name))
+    ]
+    if missing:
+        raise ValueError(
+            f"{order.image} does not tell its {', '.join(missing)} in EXIF or GPano "
+            "tags; give --photo-pose=LAT,LON,HEADING[,PITCH[,FOV]]."
+        )
+    return PhotoPose(
+        tags.latitude_deg,
+        tags.longitude_deg,
+        tags.heading_deg,
+        float(np.nan_to_num(tags.pitch_deg)),
+        None if np.isnan(tags.fov_deg) else tags.fov_deg,
+    )
+
+
 def read_request(
     order: Order, config: ConfigDict, checkpoint: Path | str, city: City
 ) -> Request:
     """Read the files of an order; ValueError for what is wrong with them."""
     photo, poses = read_image(order.image), read_poses(order, city, config.sample)
     if order.photo_pose:
-        clips, pose = clip_config(config.data), parse_photo_pose(order.photo_pose)
+        clips, pose = clip_config(config.data), read_photo_pose(order)
         photo = level_photo(photo, pose, clips.height, clips.width, clips.fov_deg)
         poses = start_at_photo(poses, pose)
     return Request(
@@ -257,4 +297,5 @@ def read_request(
         text=read_text(order.text) if order.text else None,
         way=order.retrieval,
         gaps=order.gaps,
+        burn=order.burn_attribution,
     )

@@ -12,6 +12,7 @@ any length takes the memory of one clip, and can go on from the last frame of an
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -133,28 +134,41 @@ def rollout(
 
     Going on from clip `start`, `last_frame` is the last one of the clip before: the
     rest is then what an uninterrupted rollout gives. Raises FloatingPointError with the
-    clip's number where the generator does.
+    clip's number where the generator does. While a clip is generated, a thread crops
+    the views of the next.
     """
     frame = job.first_frame if start == 0 else last_frame
     if frame is None:
         raise ValueError(f"Clip {start} starts from the last frame before it; give it.")
-    for number in range(start, len(job.spans)):
-        began, span = time.monotonic(), job.spans[number]
-        clip = job.clip(number, frame)
-        try:
-            made = generate(stack_clips([clip]), job.seed)[0]
-        except FloatingPointError as error:
-            where = describe_clip(number, span)
-            raise FloatingPointError(f"{where}: {error}") from error
-        frames = made[span.begin - span.first : span.end - span.first]
-        if number == 0:
-            frames = np.concatenate([frame[None], frames[1:]])
-        yield MadeClip(
-            number,
-            span,
-            frames,
-            clip.condition[: max(1, clip.condition_length)],
-            job.views[number],
-            time.monotonic() - began,
-        )
-        frame = frames[-1]
+    with ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(job.clip, start, frame)
+        for number in range(start, len(job.spans)):
+            began, span = time.monotonic(), job.spans[number]
+            clip = dataclasses.replace(following.result(), frames=frame[None])
+            if number + 1 < len(job.spans):
+                following = ahead.submit(job.clip, number + 1, frame)
+            frames = _generate_span(generate, job, clip, number)
+            yield MadeClip(
+                number,
+                span,
+                frames,
+                clip.condition[: max(1, clip.condition_length)],
+                job.views[number],
+                time.monotonic() - began,
+            )
+            frame = frames[-1]
+
+
+def _generate_span(
+    generate: Generate, job: Job, clip: Clip, number: int
+) -> UInt8[np.ndarray, "T H W 3"]:
+    span = job.spans[number]
+    try:
+        made = generate(stack_clips([clip]), job.seed)[0]
+    except FloatingPointError as error:
+        where = describe_clip(number, span)
+        raise FloatingPointError(f"{where}: {error}") from error
+    frames = made[span.begin - span.first : span.end - span.first]
+    if number == 0:
+        return np.concatenate([clip.frames, frames[1:]])
+    return frames

@@ -120,7 +120,11 @@ def test_a_pickle_that_is_cut_or_holds_other_things_is_refused(tmp_path):
 def convert(source, out, *options):
     """Run the tool in this process, without the text encoder unless asked."""
     parts = [] if any("--parts" in o for o in options) else ["--parts=" + NETWORKS]
-    return tool.main([f"--source={source}", f"--out={out}", *parts, *options])
+    return run(f"--source={source}", f"--out={out}", *parts, *options)
+
+
+def run(*arguments):
+    return tool.COMMAND.call(tool.main, arguments)
 
 
 def load(out, name, **kinds):
@@ -307,14 +311,21 @@ def test_the_table_says_what_was_read_and_what_should_have_been(
 
 
 def test_an_existing_folder_is_checked_only(converted, tmp_path, capsys):
-    assert tool.main(["--check", f"--out={converted}"]) == 0
+    assert run("--check", f"--out={converted}") == 0
     copy = tmp_path / "copy"
     shutil.copytree(converted, copy)
     digests = json.loads((copy / "vae" / "digests.json").read_text())
     digests["rest"]["quant_conv.bias"] += 1
     (copy / "vae" / "digests.json").write_text(json.dumps(digests))
-    assert tool.main(["--check", f"--out={copy}"]) == 2
+    assert run("--check", f"--out={copy}") == 2
     assert "quant_conv.bias" in capsys.readouterr().err
+
+
+def test_what_is_converted_already_is_said_and_left_alone(official, converted, capsys):
+    assert convert(official, converted, "--dtype=float32") == 0
+    assert "nothing is to do" in capsys.readouterr().out
+    assert convert(official, converted) == 2
+    assert "exists; delete it or choose another name" in capsys.readouterr().err
 
 
 class Killed(BaseException):
@@ -560,7 +571,7 @@ def with_text(tmp_path_factory):
 def test_a_whole_folder_comes_across_with_its_prompts(with_text, tmp_path, capsys):
     """The paper's prompt and the empty one, by the folder's own text encoder."""
     options = [f"--source={with_text}", f"--out={tmp_path / 'out'}"]
-    assert tool.main(options) == 0
+    assert run(*options) == 0
     printed = capsys.readouterr().out
     loaded = load_bundle(tmp_path / "out")
     expected = encode_prompts(with_text, [bundle.PROMPT, ""])

@@ -184,21 +184,20 @@ def test_the_tool_writes_rows_and_refuses_with_code_2(
 ):
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["encode_prompt.py", *options])
-        runpy.run_path(str(ROOT / "tools/encode_prompt.py"), run_name="__main__")
-        return capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools/encode_prompt.py"), run_name="__main__")
+        return ended.value.code, capsys.readouterr()
 
     out, prompt = tmp_path / "text.npy", PROMPTS["entities"]
-    said = run(f"--source={official}", f"--prompt={prompt}", f"--out={out}")
+    code, said = run(f"--source={official}", f"--prompt={prompt}", f"--out={out}")
     expected = whole[list(PROMPTS).index("entities")]
     np.testing.assert_allclose(np.load(out), expected, atol=TOLERANCE)
-    assert f"{len(expected)} rows of width 48" in said.out
+    assert code == 0 and f"{len(expected)} rows of width 48" in said.out
     assert "3/3" in said.err  # the bar
     for place, problem in (
         (tmp_path / "b.npy", "umt5-xxl holds no tokeniser, neither tokenizer.json"),
         (tmp_path / "nowhere" / "b.npy", "make it first"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            run(f"--source={tmp_path}", "--prompt=x", f"--out={place}")
-        said = capsys.readouterr()
-        assert stopped.value.code == 2 and said.err.startswith("error: ")
+        code, said = run(f"--source={tmp_path}", "--prompt=x", f"--out={place}")
+        assert code == 2 and said.err.startswith("error: ")
         assert problem in said.err and not place.exists()

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import pathlib
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -441,7 +440,7 @@ def bundle(bundles):
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
+def tool(capsys):
     """Run the tool; give its exit code and what it printed."""
     spec = importlib.util.spec_from_file_location("export_wan", TOOL)
     module = importlib.util.module_from_spec(spec)
@@ -449,10 +448,9 @@ def tool(monkeypatch, capsys):
 
     def run(checkpoint, out, *more):
         arguments = [f"--checkpoint={checkpoint}", f"--out={out}", *more]
-        monkeypatch.setattr(sys, "argv", ["export_wan.py", *arguments])
         try:
-            code = module.main()
-        except SystemExit as ended:
+            code = module.COMMAND.call(module.main, arguments)
+        except SystemExit as ended:  # of a command line that cannot be read
             code = ended.code
         printed = capsys.readouterr()
         return code, printed.out + printed.err

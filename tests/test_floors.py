@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
     {"geo", "diffusion", "batch", "flops", "chips"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
-    {"encode", "convert", "report"},
+    {"encode", "convert", "report", "importers"},
     {"sampling", "generator", "rollout", "recording", "request", "jobs"}
     | {"plan", "training", "commands"},
     {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},

@@ -6,6 +6,7 @@ between start and commit of a save. The test compares every stored array's diges
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -15,8 +16,6 @@ import training_city
 from orbax.checkpoint import v1 as ocp
 
 from cityrag_jax.training.log import read_metrics
-
-pytestmark = pytest.mark.long
 
 STEPS = 24
 
@@ -89,29 +88,45 @@ def uninterrupted(folder):
     return folder
 
 
-@pytest.mark.parametrize("pool", [16, 0])
-def test_killed_at_random_moments(uninterrupted, pool):
-    """Some kills hit the start, some the steps, some a save."""
+@pytest.mark.parametrize(
+    "pool, kills",
+    [
+        pytest.param(16, 3, marks=pytest.mark.long),
+        pytest.param(0, 3, marks=pytest.mark.long),
+        pytest.param(16, 50, marks=pytest.mark.faults),
+    ],
+)
+def test_killed_at_random_moments(uninterrupted, pool, kills):
+    """While it starts, between steps, in saves; one that ends is begun anew."""
     folder = uninterrupted
     workdir = folder / f"random{pool}"
-    moments = random.Random(pool)
-    for _ in range(5):
+    moments, done, ends = random.Random(pool), 0, 0
+    while done < kills:
         process = _start(folder, workdir, pool)
-        before = _saves(workdir)[0][-1:]
-        deadline = time.monotonic() + 120
-        # Wait for progress, then a random while: otherwise all kills hit the start.
-        while process.poll() is None and time.monotonic() < deadline:
-            if _saves(workdir)[0][-1:] != before:
-                break
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 1.0))
-        if process.poll() is not None:
-            break
-        _kill(process)
+        before, deadline = _saves(workdir)[0][-1:], time.monotonic() + 120
+        if done % 2:  # wait for a save, or all kills would hit the start
+            while process.poll() is None and time.monotonic() < deadline:
+                if _saves(workdir)[0][-1:] != before:
+                    break
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 1.0))
+        else:
+            time.sleep(moments.uniform(0, 12.0))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            done += 1
+            continue
+        assert process.returncode == 0
+        assert _digests(workdir) == _digests(folder / f"whole{pool}")
+        shutil.rmtree(workdir)
+        ends += 1
     _finish(folder, workdir, pool)
     assert _digests(workdir) == _digests(folder / f"whole{pool}")
+    print(f"{done} kills, {ends + 1} trainings ended")
+    shutil.rmtree(workdir)
 
 
+@pytest.mark.long
 def test_killed_between_start_and_commit_of_a_save(uninterrupted):
     folder = uninterrupted
     workdir = folder / "saving"
@@ -134,6 +149,7 @@ def test_killed_between_start_and_commit_of_a_save(uninterrupted):
     assert not _saves(workdir)[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_told_to_stop_it_saves_the_running_step_and_says_so(
     uninterrupted, number, code

@@ -48,14 +48,18 @@ def tool(name):
     return module
 
 
+def run(name, *arguments):
+    made = tool(name)
+    return made.COMMAND.call(made.main, arguments)
+
+
 def convert(source, out, *options):
     arguments = [f"--source={source}", f"--out={out}", "--dtype=float32"]
-    return tool("convert_wan").main([*arguments, "--parts=transformer", *options])
+    return run("convert_wan", *arguments, "--parts=transformer", *options)
 
 
-def export(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["export_wan.py", *arguments])
-    tool("export_wan").main()
+def export(*arguments):
+    return run("export_wan", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +195,7 @@ def load_dit_alone(folder):
     return with_parameters(base, {n: whole[n] for n in parameters(base)})
 
 
-def test_our_file_gives_in_diffusers_what_our_adapters_give(
-    base, peer, tmp_path, rng, monkeypatch
-):
+def test_our_file_gives_in_diffusers_what_our_adapters_give(base, peer, tmp_path, rng):
     model = adapted(base, rng)
     folder = tmp_path / "ours"
     save_bundle(folder, Bundle({"transformer": model}, {"transformer": DESCRIPTION}))
@@ -203,7 +205,7 @@ def test_our_file_gives_in_diffusers_what_our_adapters_give(
 
     file = tmp_path / "lora.safetensors"
     arguments = f"--checkpoint={folder}", f"--out={file}"
-    export(monkeypatch, *arguments, "--naming=diffusers", "--lora")
+    export(*arguments, "--naming=diffusers", "--lora")
     peer.load_lora_adapter(load_torch(file), prefix="transformer")
     np.testing.assert_allclose(theirs(peer, *given), expected, atol=5e-5)
     peer.unload_lora()
@@ -215,16 +217,16 @@ def test_our_file_gives_in_diffusers_what_our_adapters_give(
 
     official = tmp_path / "official.safetensors"
     arguments = f"--checkpoint={folder}", f"--out={official}"
-    export(monkeypatch, *arguments, "--naming=official", "--lora")
+    export(*arguments, "--naming=official", "--lora")
     peer.load_lora_adapter(translate(load_torch(official)), prefix="transformer")
     np.testing.assert_allclose(theirs(peer, *given), expected, atol=5e-5)
 
 
-def test_an_export_merges_adapters(base, tmp_path, rng, monkeypatch):
+def test_an_export_merges_adapters(base, tmp_path, rng):
     model = adapted(base, rng)
     folder, out = tmp_path / "ours", tmp_path / "out"
     save_bundle(folder, Bundle({"transformer": model}, {"transformer": DESCRIPTION}))
-    export(monkeypatch, f"--checkpoint={folder}", f"--out={out}", "--naming=official")
+    export(f"--checkpoint={folder}", f"--out={out}", "--naming=official")
     merged = load_dit(out, T2V)
     given = inputs(rng)
     expected = ours(model, *given)

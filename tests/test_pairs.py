@@ -33,6 +33,8 @@ def brute_force(captures, config) -> set:
     """Every window against every drive, the slow obvious way."""
     position = captures.ecef_from_camera[:, :3, 3]
     heading = captures.ecef_from_camera[:, :3, 2]
+    steps = np.linalg.norm(np.diff(position, axis=0), axis=1)
+    along = np.concatenate([[0.0], np.cumsum(steps)])
     found = set()
     for start in range(len(captures) - config.num_frames + 1):
         window = np.arange(start, start + config.num_frames)
@@ -51,7 +53,7 @@ def brute_force(captures, config) -> set:
                 and abs(captures.time_s[start] - captures.time_s[match[0]])
                 >= config.min_gap_s
                 and cosine >= np.cos(np.deg2rad(config.max_turn_deg))
-                and np.diff(match).min() >= -2
+                and np.diff(along[match]).min() >= -2.0
                 and match[-1] > match[0]
                 and theirs[-1] + 1 - match[0] >= config.min_condition
             ):
@@ -97,7 +99,7 @@ def test_a_turn_is_followed_through(rng):
         second = synthetic.line([east, 20, 2], 90, int(20 / spacing), spacing)
         return np.concatenate([first, second])
 
-    captures = synthetic.columns([bent(0, 0.5), bent(1.5, 0.4)])
+    captures = synthetic.columns([bent(0, 0.5), bent(1.5, 0.41)])  # none equally near
     found = mining.mine_pairs(captures, "bend", SMALL)
     assert as_set(found) == brute_force(captures, SMALL)
     turning = (found.start_a > 22) & (found.start_a < 40) & (found.drive_a == 0)
@@ -205,3 +207,63 @@ def test_pairs_come_back_from_disk(tmp_path, rng):
     (tmp_path / "pairs.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="pairs.npz is damaged"):
         mining.load_pairs(tmp_path)
+
+
+def raised(drive, height_m):
+    return drive + height_m * np.eye(4)[2][:, None] * np.eye(4)[3][None]
+
+
+def test_heights_of_satellites_part_no_pair_but_bridges_do():
+    """A drive's heights are off by one number; a ramp leads to another street."""
+    one, two = synthetic.line([0, 0, 2], 0, 90), synthetic.line([2, 0, 2], 0, 90)
+    level = mining.mine_pairs(synthetic.columns([one, two]), "flat", SMALL)
+    off = mining.mine_pairs(synthetic.columns([one, raised(two, 9.0)]), "off", SMALL)
+    assert as_set(off) == as_set(level) and len(level) > 20
+    np.testing.assert_allclose(off.mean_distance_m, level.mean_distance_m, atol=1e-3)
+    ramp = two.copy()
+    ramp[45:, 2, 3] += np.linspace(0, 16, 45)
+    partly = mining.mine_pairs(synthetic.columns([one, ramp]), "ramp", SMALL)
+    assert (
+        0 < len(partly) < len(level) and partly.start_a[partly.drive_a == 0].max() < 50
+    )
+    bridge = synthetic.columns([one, raised(two, 18.0)])
+    with pytest.raises(ValueError, match="go another way"):
+        mining.mine_pairs(bridge, "bridge", SMALL)
+
+
+def test_no_window_leaps_over_a_gap():
+    """Both drives lost 40 m at one place; nothing there may be shown as driven."""
+    drives = [synthetic.line([e, 0, 2], 0, 160) for e in (0.0, 1.5)]
+    lost = [np.delete(d, slice(60, 140), axis=0) for d in drives]
+    found = mining.mine_pairs(synthetic.columns(lost), "gap", SMALL)
+    place = np.concatenate(lost)[:, 1, 3]
+    for start in (found.start_a, found.start_b):
+        assert (np.abs(place[start + 10] - place[start]) < 6).all()
+    assert len(found) > 10
+
+
+def test_noise_of_half_a_metre_takes_no_pair(rng):
+    """Captures 0.3 m apart are then out of order by several; metres do not care."""
+    drives = [synthetic.line([e, 0, 2], 0, 120, 0.3) for e in (0.0, 1.5)]
+    clean = len(mining.mine_pairs(synthetic.columns(drives), "clean", SMALL))
+    for drive in drives:
+        drive[:, :2, 3] += rng.normal(0, 0.3, (120, 2))
+    noisy = mining.mine_pairs(synthetic.columns(drives), "noisy", SMALL)
+    assert len(noisy) >= 0.75 * clean
+
+
+def test_training_keeps_away_from_held_out_streets():
+    """Panoramas 20 m before the line would look along the held-out street."""
+    drives = [synthetic.line([e, 0, 2], 0, 400) for e in (0.0, 1.5)]
+    captures = synthetic.columns(drives)
+    place = np.concatenate(drives)[:, 1, 3]
+    north = (place > 140).astype(np.int32)
+    captures = dataclasses.replace(captures, neighbourhood=north)
+    config = dataclasses.replace(SMALL, held_out=(1,))
+    near = mining.mine_pairs(captures, "near", config)
+    far = mining.mine_pairs(
+        captures, "far", dataclasses.replace(config, buffer_m=100.0)
+    )
+    assert as_set(far.evaluation) == as_set(near.evaluation)
+    assert place[near.training.start_a + 19].max() > 125
+    assert 20 < place[far.training.start_a + 19].max() < 41

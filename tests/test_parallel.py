@@ -239,6 +239,8 @@ def test_a_launcher_of_several_processes_is_detected(monkeypatch, started, count
     names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
     for name, value in zip(names, ("7", "node[1-2]", count, "0", "0"), strict=True):
         monkeypatch.setenv(f"SLURM_{name}", value)
+    initialise(alone=True)
+    assert not started  # a job of its own, whoever started it
     initialise()
     assert launcher() == (None if count == "1" else "slurm")
     assert started == ([] if count == "1" else [()])

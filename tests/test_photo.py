@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import synthetic_city as synthetic
+import tagged_pictures as tagged
 
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.photo import (
@@ -12,6 +13,7 @@ from cityrag_jax.geo.photo import (
     start_at_photo,
 )
 from cityrag_jax.geo.trajectory import headings
+from cityrag_jax.request import Order, read_photo_pose
 
 LATITUDE, LONGITUDE, HEIGHT = synthetic.ANCHOR
 
@@ -79,3 +81,23 @@ def test_a_pose_is_three_to_five_numbers():
     for text in ("48,11", "48,11,x", "98,11,0", "48,11,0,0,1", "1,2,3,4,5,6"):
         with pytest.raises(ValueError, match="write latitude,longitude,heading"):
             parse_photo_pose(text)
+
+
+def test_a_photo_tells_its_own_pose(tmp_path):
+    """A phone's picture: place, direction, and a lens of 24 mm on 36."""
+    picture = np.zeros((30, 40, 3), np.uint8)
+    place, path = (LATITUDE, LONGITUDE), tmp_path / "a.jpg"
+    tagged.save(path, picture, place=place, heading_deg=77.0, focal_mm=24)
+    pose = read_photo_pose(Order(str(path), "walk.csv", photo_pose="exif"))
+    assert pose.latitude_deg == pytest.approx(LATITUDE, abs=1e-8)
+    assert (pose.heading_deg, pose.pitch_deg) == (77.0, 0.0)
+    # The diagonal is 43.27 mm on film, four fifths of it across.
+    across = 2 * np.rad2deg(np.arctan(0.8 * 43.2666 / 2 / 24))
+    assert pose.fov_deg == pytest.approx(across, abs=1e-3)
+    given = read_photo_pose(Order(str(path), "walk.csv", photo_pose="1,2,3"))
+    assert given == PhotoPose(1.0, 2.0, 3.0)
+    tagged.save(path, picture, place=place)
+    with pytest.raises(
+        ValueError, match="does not tell its heading_deg .* --photo-pose"
+    ):
+        read_photo_pose(Order(str(path), "walk.csv", photo_pose="exif"))

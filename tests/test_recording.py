@@ -38,9 +38,9 @@ def job(city) -> Job:
     return plan_job(city, first, ecef_from_enu(*synthetic.ANCHOR) @ enu, CONFIG, seed=3)
 
 
-def record(out, job, painter, stop=99, facts=FACTS) -> Recording:
+def record(out, job, painter, stop=99, facts=FACTS, burn=False) -> Recording:
     """Go on until clip `stop` is whole, as a killed process does: nothing is closed."""
-    recording = Recording(out, job, facts, fps=10.0).__enter__()
+    recording = Recording(out, job, facts, fps=10.0, burn=burn).__enter__()
     clips = rollout(
         painter, job, start=recording.count, last_frame=recording.last_frame()
     )
@@ -205,3 +205,24 @@ def test_sources_name_every_kind_of_licence_once(city):
     ada = dict(licence="CC-BY-4.0", attribution="Ada", anonymised=False)
     assert sources(mixed, np.array([3, 1, 5])) == [nobody]
     assert sources(mixed, np.array([70, 3, 71, 4])) == [ada, nobody]
+
+
+def test_owners_are_burnt_into_what_is_shown_not_into_what_clips_start_from(
+    job, whole, tmp_path
+):
+    """So that every clip is the one that it would be without."""
+    painters = Painter(), Painter()
+    record(tmp_path, job, painters[0], stop=1, burn=True)
+    record(tmp_path, job, painters[1], burn=True)
+    asked = Painter()
+    record(tmp_path / "bare", job, asked)
+    starts = [clip.frames for p in painters for clip in p.clips]
+    np.testing.assert_array_equal(starts, [clip.frames for clip in asked.clips])
+    burnt, bare = (
+        read_video(folder / "video.mp4")[0].astype(int) for folder in (tmp_path, whole)
+    )
+    changed = np.abs(burnt - bare).mean((0, 2, 3))
+    # The rest is noise, of which the encoder keeps other bits: 4.9 levels, measured.
+    assert changed[-8:].max() > 20 and changed[: len(changed) // 2].max() < 8
+    with pytest.raises(ValueError, match="burnt is True there, None here"):
+        record(tmp_path, job, Painter())

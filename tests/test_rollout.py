@@ -1,5 +1,7 @@
 """Clips chained along a path, with a generator that paints what it was given."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -189,3 +191,26 @@ def test_numbers_that_are_not_finite_name_their_clip(city):
     next(clips)
     with pytest.raises(FloatingPointError, match=r"clip 1 .*\(frames 4 to 8\): num"):
         next(clips)
+
+
+def test_the_next_clips_views_are_cropped_while_one_is_generated(city, monkeypatch):
+    """The generator waits for them: they come from another thread."""
+    job, cropped = plan_job(city, FIRST, north(9), CONFIG), threading.Semaphore(0)
+    crops = City.crops
+
+    def crop(*args, **kinds):
+        made = crops(*args, **kinds)
+        cropped.release()
+        return made
+
+    monkeypatch.setattr(City, "crops", crop)
+    painter = Painter()
+
+    def generate(clip, seed):
+        number = len(painter.clips)
+        assert cropped.acquire(timeout=60)
+        assert number + 1 == len(job.spans) or cropped.acquire(timeout=60)
+        cropped.release()
+        return painter(clip, seed)
+
+    assert len(list(rollout(generate, job))) == len(job.spans)

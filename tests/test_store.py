@@ -1,6 +1,7 @@
 """A city on disk: round trips, crops equal to exact sampling, and clear refusals."""
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import synthetic_city as synthetic
 
-from cityrag_jax.data import records
+from cityrag_jax.data import records, store
 from cityrag_jax.data.store import City, write_city
 from cityrag_jax.geo import panorama
 
@@ -202,7 +203,7 @@ def test_poses_and_stored_panoramas_must_agree_on_opening(city, tmp_path):
 
 
 def test_a_corrupt_jpeg_names_panorama_and_tile(tmp_path, monkeypatch):
-    encode = records.encode_panorama
+    encode = store.encode_panorama
     count = iter(range(100))
 
     def damaged(picture, quality):
@@ -211,7 +212,7 @@ def test_a_corrupt_jpeg_names_panorama_and_tile(tmp_path, monkeypatch):
             tiles[19] = tiles[19][:200]
         return tiles
 
-    monkeypatch.setattr(records, "encode_panorama", damaged)
+    monkeypatch.setattr(store, "encode_panorama", damaged)
     captures = synthetic.columns(DRIVES)
     pictures = [synthetic.direction_panorama(p, 128) for p in np.concatenate(DRIVES)]
     bad = write_city(
@@ -253,3 +254,77 @@ def test_writing_twice_needs_overwrite_and_replaces_whole(tmp_path):
 def test_captures_out_of_range_are_refused(city):
     with pytest.raises(ValueError, match="captures 0 to 6, not 7"):
         city.panorama(7)
+
+
+def test_a_writing_that_was_stopped_goes_on_behind_its_last_whole_file(
+    tmp_path, monkeypatch
+):
+    """As a kill leaves it: with the same bytes in the end, and nothing made twice."""
+    monkeypatch.setattr(records, "SHARD", 2)
+    poses, asked = np.concatenate(DRIVES), []
+
+    def panoramas(stop, first):
+        for k in range(first, len(poses)):
+            asked.append(k)
+            if k == stop:
+                raise KeyboardInterrupt
+            yield None if k == 1 else synthetic.direction_panorama(poses[k], 128)
+
+    def build(folder, stop, overwrite=False):
+        parts = functools.partial(panoramas, stop)
+        columns, header = synthetic.columns(DRIVES), synthetic.header()
+        return write_city(
+            folder, header, columns, parts, num_threads=1, overwrite=overwrite
+        )
+
+    whole = build(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "city", 6)
+    (left,) = (tmp_path / ".city.writing").glob("panoramas/*/progress.json")
+    done = len(json.loads(left.read_text())["shards"])
+    assert done > 0 and not (tmp_path / "city").exists()
+    asked.clear()
+    city = build(tmp_path / "city", None)
+    assert asked == list(range(2 * done, 7))
+    # Panorama 1 could not be read; its capture went with it.
+    np.testing.assert_array_equal(
+        city.captures.time_s, np.delete(synthetic.columns(DRIVES).time_s, 1)
+    )
+    for name in sorted((whole.folder / "panoramas" / records.VERSION).glob("*array*")):
+        again = city.folder / "panoramas" / records.VERSION / name.name
+        assert again.read_bytes() == name.read_bytes()
+    monkeypatch.setattr(records, "OPENED", 1)
+    np.testing.assert_array_equal(
+        city.crops(np.arange(6), np.zeros(6), fov_deg=65.0, **VIEW),
+        whole.crops(np.arange(6), np.zeros(6), fov_deg=65.0, **VIEW),
+    )
+    assert len(city._opened[1]._readers) == 1
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "city", 6, overwrite=True)
+    assert len(City(tmp_path / "city")) == 6  # the old one, until the new one is whole
+
+
+def test_two_processes_do_not_write_one_city(tmp_path):
+    (tmp_path / ".city.writing").mkdir()
+    with store._sole_writer(tmp_path / ".city.writing"):
+        with pytest.raises(ValueError, match="being written by another process"):
+            write(tmp_path / "city")
+
+
+def test_a_city_without_digest_is_of_an_older_form(city, tmp_path):
+    folder = copy_of(city, tmp_path)
+    document = json.loads((folder / "city.json").read_text())
+    del document["digest"]
+    (folder / "city.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="older form, without digest; rebuild it with"):
+        City(folder)
+
+
+def test_a_file_that_cannot_be_opened_is_named(city, tmp_path):
+    """Out of descriptors, the library says that a file is empty."""
+    folder = copy_of(city, tmp_path)
+    (path,) = (folder / "panoramas" / records.VERSION).glob("*array_record*")
+    opened = City(folder)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="tile 0 .*00000-of-00001 holds 0 records"):
+        opened.panorama(0)

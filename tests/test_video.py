@@ -1,6 +1,8 @@
 """Videos and pictures: round trips, whole files or none, clear refusals."""
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +55,18 @@ def test_unreadable_files_are_named(tmp_path):
             bad.write_bytes(content)
             with pytest.raises(ValueError, match="bad.mp4 is not a readable"):
                 read(bad)
+
+
+def test_a_picture_is_not_decoded_before_its_header_is_believed(tmp_path):
+    """60,000 x 20,000 pixels and a little of them: 3.6 GB, once asked for."""
+    video.write_image(tmp_path / "a.png", moving_gradient(1)[0])
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    for width, height in ((60_000, 20_000), (16_384, 8_193)):
+        content[16:24] = struct.pack(">II", width, height)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(ValueError, match="a.png is too large .* make it smaller"):
+            video.read_image(tmp_path / "a.png")
 
 
 def test_odd_sides_need_lossless_and_nothing_is_left_behind(tmp_path):

@@ -30,6 +30,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cityrag_jax.commands import Command
+
 PARTS = ("base", "geo", "vae")
 PEERS = {"base": "peer_base", "vae": "peer_vae"}
 GIB = 2**30
@@ -455,31 +457,24 @@ def summary(figures: Figures, name: str) -> list[str]:
     return lines
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--parts", default=",".join(PARTS), help="of base, geo, vae")
-    parser.add_argument("--peer", choices=["diffusers"])
-    parser.add_argument("--size", choices=sorted(SIZES), default="full")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for a part")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file, rewritten after every part"
-    )
-    parser.add_argument("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.parts = [part for part in options.parts.split(",") if part]
-    unknown = sorted(set(options.parts) - set(PARTS))
-    if unknown:
-        parser.error(f"no part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
-    return options
+COMMAND = Command(__doc__)
+COMMAND.takes("--parts", default=",".join(PARTS), help="some of these")
+COMMAND.takes("--peer", choices=["diffusers"], help="time it beside ours")
+COMMAND.takes("--size", choices=sorted(SIZES), default="full", help="of everything")
+COMMAND.takes("--repeats", type=int, default=5, help="timed calls")
+COMMAND.takes("--timeout", type=float, default=900, help="seconds for a part")
+COMMAND.takes("--out", type=Path, help="JSON file, rewritten after every part")
+COMMAND.takes("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(options: argparse.Namespace) -> int:
     """Run the parts one after the other; the exit status is 1 if any failed."""
-    options = parse(arguments)
+    parts = [part for part in options.parts.split(",") if part]
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ValueError(
+            f"--parts: no part {', '.join(unknown)}; choose from {', '.join(PARTS)}."
+        )
     if options.worker:
         try:
             figures = run_worker(options.worker, options.size, options.repeats)
@@ -488,9 +483,8 @@ def main(arguments: list[str] | None = None) -> int:
             figures = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(figures), flush=True)
         return 0
-    parts = list(options.parts)
     if options.peer:
-        parts += [PEERS[part] for part in options.parts if part in PEERS]
+        parts += [PEERS[part] for part in parts if part in PEERS]
     results: Figures = {}
     for part in parts:
         figures = run_part(part, options.size, options.repeats, options.timeout)
@@ -503,4 +497,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    COMMAND.run(main)

@@ -1,10 +1,13 @@
 """Build a city on disk, or mine the pairs of one again.
 
+    python tools/build_city.py --source=folder --from=DIR --out=DIR \\
+        --licence=CC-BY-4.0 --attribution="who took them"
     python tools/build_city.py --toy=paris --out=DIR [--preset=gpu] [--height=512]
     python tools/build_city.py --mine=DIR [--num-frames=73]
 
-Toy cities are rendered; importers of real panoramas come later. Sizes of the plan may
-be given one by one and override the preset.
+A folder holds equirectangular pictures with EXIF GPS and, if known, GPano's heading,
+pitch and roll; --poses gives them otherwise. Killed, the same command goes on. Toy
+cities are rendered; sizes of their plan given one by one override the preset.
 """
 
 import argparse
@@ -15,67 +18,149 @@ from cityrag_jax.data import build
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
+from cityrag_jax.importers.folder import Source, describe_import, import_folder
+from cityrag_jax.importers.recordings import HEADINGS, Cuts
 from cityrag_jax.parallel import keep_compilations
 
 PLAN = {
-    "neighbourhoods": "of the city, along a side",
+    "neighbourhoods": "of the city: of a toy along a side, else in all",
     "blocks": "of houses of a neighbourhood, along a side",
     "routes": "that are driven in a neighbourhood",
     "route_streets": "streets of a route",
     "drives_per_route": "at different times",
     "seed": "of all that is drawn",
 }
+# Of pairs, as data/pairs.py says; what is not given is as there.
+LIMITS = {
+    "max_mean_distance_m": "of a pair's drives",
+    "min_gap_s": "between a pair's drives",
+    "max_turn_deg": "between a pair's courses",
+    "max_step_m": "between captures of a clip",
+    "max_offset_m": "in height between two drives throughout",
+    "max_height_m": "in height beside that",
+    "buffer_m": "between training and what is held out; toy 0, else 100",
+}
 
 COMMAND = Command(__doc__)
+COMMAND.takes("--source", choices=["folder"], help="import pictures")
+COMMAND.takes("--from", dest="origin", type=Path, help="folder of the pictures")
 COMMAND.takes("--toy", choices=sorted(ANCHORS), help="render this toy city")
 COMMAND.takes("--mine", type=Path, help="mine pairs of this city on disk")
 COMMAND.takes("--out", type=Path, help="folder of the new city")
-COMMAND.takes(
-    "--preset", choices=list(build.PRESETS), default="demo", help="size of the plan"
-)
-COMMAND.takes("--height", type=int, default=512, help="of a panorama, pixels")
-COMMAND.takes("--num-frames", type=int, help="of a clip; toy 33, mining 73")
-COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, mining 0.1")
+COMMAND.takes("--height", type=int, help="of a panorama, pixels; toy 512, else its own")
+COMMAND.takes("--num-frames", type=int, help="of a clip; toy 33, else 73")
+COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, else 0.1")
+COMMAND.takes("--stride", type=int, help="between windows that may be pairs, captures")
+for name, meaning in LIMITS.items():
+    COMMAND.takes(f"--{name.replace('_', '-')}", type=float, help=meaning)
 COMMAND.takes("--quality", type=int, default=90, help="of the JPEG tiles")
 COMMAND.switch("--overwrite", "replace the city that stands at --out")
+COMMAND.takes("--licence", help="of the pictures, as SPDX names it")
+COMMAND.takes("--attribution", help="whom to name beside what is made of them")
+COMMAND.switch("--anonymised", "people and plates cannot be recognised in them")
+COMMAND.takes(
+    "--poses", type=Path, help="their places: .csv, .gpx, mapillary_tools' .json"
+)
+COMMAND.takes(
+    "--clock-offset-s", type=float, default=0.0, help="added to the camera's times"
+)
+COMMAND.takes(
+    "--spacing-m", type=float, default=0.0, help="least between captures; 0 keeps all"
+)
+COMMAND.takes("--gap-s", type=float, default=Cuts.gap_s, help="longer ends a drive")
+COMMAND.takes("--gap-m", type=float, default=Cuts.gap_m, help="farther ends a drive")
+COMMAND.takes(
+    "--headings", choices=HEADINGS, default=HEADINGS[0], help="the pictures', or course"
+)
+COMMAND.takes(
+    "--mount-deg", type=float, help="of the camera right of the course; else found"
+)
+COMMAND.takes(
+    "--declination-deg", type=float, default=0.0, help="added to magnetic headings"
+)
+COMMAND.takes(
+    "--preset", choices=list(build.PRESETS), default="demo", help="size of a toy's plan"
+)
 for name, meaning in PLAN.items():
     COMMAND.takes(f"--{name.replace('_', '-')}", type=int, help=meaning)
 
 
 def main(given: argparse.Namespace) -> None:
-    """Render a city or mine one, and say what came of it."""
+    """Build a city or mine one, and say what came of it."""
     keep_compilations()
-    if (given.toy is None) == (given.mine is None):
-        raise ValueError("Give either --toy=NAME or --mine=DIR.")
+    if sum(way is not None for way in (given.toy, given.mine, given.source)) != 1:
+        raise ValueError("Give one of --source=folder, --toy=NAME and --mine=DIR.")
     limits = {
         name: getattr(given, name)
-        for name in ("num_frames", "held_out_fraction")
+        for name in ("num_frames", "held_out_fraction", "stride", *LIMITS)
         if getattr(given, name) is not None
     }
     if given.mine:
-        pairs = build.mine_city(given.mine, **limits)
         folder = given.mine
+        build.mine_city(folder, **limits)
+    elif given.out is None:
+        raise ValueError("--toy and --source need --out=DIR.")
     else:
-        city = build_toy(given, limits)
+        make = build_toy if given.toy else build_from_pictures
+        city = make(given, limits)
         folder = city.folder
-        pairs = load_pairs(folder)
         print(f"{city.name}: {len(city)} panoramas in {folder}")
+    if not (folder / "pairs.npz").exists():
+        return
+    pairs = load_pairs(folder)
     print(
         f"{folder}: {len(pairs.training)} pairs to train on, "
         f"{len(pairs.evaluation)} held out"
     )
 
 
+def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
+    """Import a folder of pictures, and mine its pairs where it has any."""
+    for name in ("origin", "licence", "attribution"):
+        if not getattr(given, name):
+            option = "from" if name == "origin" else name
+            raise ValueError(
+                f"--source={given.source} needs --{option}: licence and attribution "
+                "travel into every video that is made of the pictures."
+            )
+    cuts = Cuts(
+        given.gap_s,
+        given.gap_m,
+        given.spacing_m,
+        given.headings,
+        given.mount_deg,
+        given.declination_deg,
+        given.neighbourhoods,
+    )
+    source = Source(
+        given.origin,
+        given.out.name,
+        given.licence,
+        given.attribution,
+        anonymised=given.anonymised,
+        poses=given.poses,
+        clock_s=given.clock_offset_s,
+        height=given.height,
+        quality=given.quality,
+        cuts=cuts,
+    )
+    city, report = import_folder(source, given.out, overwrite=given.overwrite)
+    print(describe_import(report))
+    try:
+        build.mine_city(city.folder, **limits)
+    except ValueError as error:  # good for a video, though not for training
+        print(f"  no pairs to train on: {error}")
+    return city
+
+
 def build_toy(given: argparse.Namespace, limits: dict) -> City:
     """Render the toy city that is asked for."""
-    if given.out is None:
-        raise ValueError("--toy needs --out=DIR.")
     changes = {n: getattr(given, n) for n in PLAN}
     changes = {n: value for n, value in changes.items() if value is not None}
     return build.build_toy_city(
         build.toy_config(given.toy, given.preset, **changes),
         given.out,
-        height=given.height,
+        height=given.height or 512,
         quality=given.quality,
         overwrite=given.overwrite,
         **limits,

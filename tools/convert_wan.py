@@ -6,18 +6,17 @@
 
 DIR is a folder as fetched, image-to-video or text-to-video, in the official layout or
 in diffusers'. It is read tensor by tensor: less than 4 GiB of memory for any size.
-Interrupted and started again with the same command, it goes on. int8 stores kernels so,
+Interrupted and started again with the same command, it goes on; finished, it says so.
+int8 stores kernels so,
 with a float32 scale for each of their output channels, and asks to be read as bfloat16.
 --lora, as often as there are files, merges LoRA files of Wan (kohya's, diffusers' or
 PEFT's names) into the transformer; geo attention begins as a copy of the merged one.
 --dry-run checks names, shapes and types by the headers and prints the plan. --check
-compares every digest of what was written, or of --out if that exists. Exit code 2 and
-one message if anything is wrong with the input; nothing half-written has the name of
-the output.
+compares every digest of what was written, or of --out if that exists. Nothing
+half-written has the name of the output.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,54 +25,52 @@ import numpy as np
 
 from cityrag_jax.checkpoint import load_bundle, verify_bundle
 from cityrag_jax.checkpoint.memory import give_back_at_once
+from cityrag_jax.commands import Command
 from cityrag_jax.convert.bundle import (
     PARTS,
     PROMPT,
     Row,
     convert,
+    is_done,
     plan_conversion,
     table,
 )
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert, or check; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", type=Path, help="folder of published weights")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    types = ("bfloat16", "float32", "int8")
-    parser.add_argument("--dtype", choices=types, default="bfloat16")
-    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all")
-    parser.add_argument("--prompt", default=PROMPT, help="instead of the paper's")
-    parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]"
-    )
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    given = parser.parse_args(arguments)
-    try:
-        _run(given)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+COMMAND = Command(__doc__)
+COMMAND.takes("--source", type=Path, help="folder of published weights")
+COMMAND.needs("--out", type=Path, help="folder to make")
+COMMAND.takes(
+    "--dtype",
+    choices=("bfloat16", "float32", "int8"),
+    default="bfloat16",
+    help="of what is written",
+)
+COMMAND.takes("--parts", help=f"some of {','.join(PARTS)}; all without it")
+COMMAND.takes("--prompt", default=PROMPT, help="instead of the paper's")
+COMMAND.takes(
+    "--lora",
+    action="append",
+    default=[],
+    metavar="FILE[:STRENGTH]",
+    help="to merge into the transformer; may be repeated",
+)
+COMMAND.switch("--dry-run", "check names, shapes and types, and print the plan")
+COMMAND.switch("--check", "compare every digest of what was written, or is there")
 
 
-def _run(given: argparse.Namespace) -> None:
+def main(given: argparse.Namespace) -> None:
+    """Convert, or check."""
     if given.check and given.out.exists() and not _same(given.source, given.out):
         verify_bundle(given.out)
         print(f"{given.out} is whole: every digest fits.")
         return
     if given.source is None:
         raise ValueError("Give --source, the folder of the published weights.")
-    parts = given.parts.split(",") if given.parts else None
     plan = plan_conversion(
         given.source,
         given.out,
         dtype=given.dtype,
-        parts=parts,
+        parts=given.parts.split(",") if given.parts else None,
         prompt=given.prompt,
         loras=given.lora,
     )
@@ -81,6 +78,9 @@ def _run(given: argparse.Namespace) -> None:
     if given.dry_run:
         print_table(table(plan))
         print("Names, shapes and types fit. Nothing was written.")
+        return
+    if is_done(plan):
+        print(f"{given.out} is there already, made of just this; nothing is to do.")
         return
     print_table(convert(plan))
     for name, rows in prompts(given.out).items():
@@ -118,4 +118,4 @@ def print_table(rows: Sequence[Row]) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     give_back_at_once()
-    sys.exit(main())
+    COMMAND.run(main)

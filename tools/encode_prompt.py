@@ -8,36 +8,30 @@ weights are in memory at a time: 1.4 GiB. The rows are written as float32, for
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from cityrag_jax.commands import Command
 from cityrag_jax.convert.prompt import encode_prompts
 
+COMMAND = Command(__doc__)
+COMMAND.needs("--source", type=Path, help="checkpoint folder")
+COMMAND.needs("--prompt", help="may be empty")
+COMMAND.takes("--out", type=Path, default=Path("text.npy"), help="file to write")
+COMMAND.takes(
+    "--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in"
+)
 
-def main() -> None:
-    """Parse, encode and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--prompt", required=True, help="may be empty")
-    parser.add_argument("--out", type=Path, default=Path("text.npy"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    options = parser.parse_args()
-    try:
-        if not options.out.absolute().parent.is_dir():
-            raise ValueError(f"There is no folder for {options.out}; make it first.")
-        (rows,) = encode_prompts(
-            options.source, [options.prompt], dtype=np.dtype(options.dtype)
-        )
-        write_rows(options.out, rows)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{options.out}: {rows.shape[0]} rows of width {rows.shape[1]}, float32")
+
+def main(given: argparse.Namespace) -> None:
+    """Encode and write."""
+    if not given.out.absolute().parent.is_dir():
+        raise ValueError(f"There is no folder for {given.out}; make it first.")
+    (rows,) = encode_prompts(given.source, [given.prompt], dtype=np.dtype(given.dtype))
+    write_rows(given.out, rows)
+    print(f"{given.out}: {rows.shape[0]} rows of width {rows.shape[1]}, float32")
 
 
 def write_rows(path: Path, rows: np.ndarray) -> None:
@@ -53,4 +47,4 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main()
+    COMMAND.run(main)

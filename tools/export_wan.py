@@ -10,13 +10,26 @@ others load.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import jax
 
+from cityrag_jax.commands import Command
 from cityrag_jax.convert.export import Part, export_checkpoint, export_lora
 from cityrag_jax.convert.names import NAMINGS
+
+COMMAND = Command(__doc__)
+COMMAND.needs("--checkpoint", type=Path, help="converted folder or training workdir")
+COMMAND.needs("--out", type=Path, help="new or empty folder; of --lora a file")
+COMMAND.needs("--naming", choices=NAMINGS, help="of the tensors")
+COMMAND.switch("--base-only", "Wan without branches")
+COMMAND.switch("--lora", "the adapters alone")
+COMMAND.takes("--max-shard-gb", type=float, default=5.0, help="10^9 bytes of a file")
+COMMAND.takes(
+    "--dtype",
+    choices=("bfloat16", "float32"),
+    help="without it as it is, of an int8 folder float32",
+)
 
 CLASSES = {
     "official": "wan.modules.model.WanModel",
@@ -43,46 +56,25 @@ def _counts(part):
     return part.tensors, part.parameters, part.num_bytes
 
 
-def main() -> None:
-    """Parse and call."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="new or empty folder; of --lora a file"
-    )
-    parser.add_argument("--naming", choices=NAMINGS, required=True)
-    parser.add_argument("--base-only", action="store_true", help="Wan without branches")
-    parser.add_argument("--lora", action="store_true", help="the adapters alone")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="10^9 bytes")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="default: as it is, of an int8 folder float32",
-    )
-    given = parser.parse_args()
+def main(given: argparse.Namespace) -> None:
+    """Export, and say what was written."""
     if not given.max_shard_gb > 0:
-        parser.error(f"--max-shard-gb={given.max_shard_gb} must be above 0")
-    try:
-        if given.lora:
-            count = export_lora(given.checkpoint, given.out, given.naming)
-            print(f"{given.out}: LoRA of {count} linears, alpha merged.")
-            return
-        parts = export_checkpoint(
-            given.checkpoint,
-            given.out,
-            given.naming,
-            base_only=given.base_only,
-            dtype=given.dtype,
-            max_shard_bytes=int(given.max_shard_gb * 1e9),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"--max-shard-gb={given.max_shard_gb} must be above 0.")
+    if given.lora:
+        count = export_lora(given.checkpoint, given.out, given.naming)
+        print(f"{given.out}: LoRA of {count} linears, alpha merged.")
+        return
+    parts = export_checkpoint(
+        given.checkpoint,
+        given.out,
+        given.naming,
+        base_only=given.base_only,
+        dtype=given.dtype,
+        max_shard_bytes=int(given.max_shard_gb * 1e9),
+    )
     print_table(parts, given.out, given.naming)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main()
+    COMMAND.run(main)

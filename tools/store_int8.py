@@ -15,9 +15,7 @@ beside it, as bfloat16: 2 GB of disk, 6.2 GiB of memory.
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from cityrag_jax.checkpoint import (
     save_bundle,
     with_parameters,
 )
+from cityrag_jax.commands import Command
 from cityrag_jax.metrics.image import clip_psnr
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
@@ -138,30 +137,25 @@ def draw_normal(model: nnx.Module, seed: int = 0) -> nnx.Module:
     return with_parameters(model, values)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+COMMAND = Command(__doc__)
+COMMAND.takes("--checkpoint", type=Path, help="model folder or training workdir")
+COMMAND.takes("--out", type=Path, help="folder to make")
+COMMAND.switch("--random-14b", "only measure, a random block")
+COMMAND.takes("--dim", type=int, default=5120, help="of the random block")
+
+
+def main(given: argparse.Namespace) -> None:
     """Store or measure, and print one line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--out", type=Path, help="folder to make")
-    parser.add_argument("--random-14b", action="store_true", help="only measure")
-    parser.add_argument("--dim", type=int, default=5120, help="of the random block")
-    given = parser.parse_args(arguments)
-    if not given.random_14b and not (given.checkpoint and given.out):
-        parser.error("give --checkpoint and --out, or --random-14b")
-    try:
-        if given.random_14b:
-            changes = dict(dim=given.dim, num_heads=given.dim // 128)
-            figures = measure_random_14b(**changes)
-        else:
-            figures = store(given.checkpoint, given.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if given.random_14b:
+        changes = dict(dim=given.dim, num_heads=given.dim // 128)
+        figures = measure_random_14b(**changes)
+    elif given.checkpoint and given.out:
+        figures = store(given.checkpoint, given.out)
+    else:
+        raise ValueError("Give --checkpoint and --out, or --random-14b.")
     print(json.dumps(figures))
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main()
+    COMMAND.run(main)

@@ -25,6 +25,7 @@ from flax import nnx
 
 from cityrag_jax.batch import Conditions, latent_shape
 from cityrag_jax.checkpoint import TRUST, latest_model, parameters, trust
+from cityrag_jax.commands import Command
 from cityrag_jax.parallel import DISTRIBUTED, initialise, make_mesh
 from cityrag_jax.sampling import Sampler
 
@@ -123,22 +124,23 @@ def step(transformer, frames: int, grid) -> dict:
     return {"step_s": seconds[1:], "first_step_s": seconds[0], "finite": finite}
 
 
-def main() -> None:
+COMMAND = Command(__doc__)
+COMMAND.needs("--checkpoint", type=Path, help="model folder or training workdir")
+COMMAND.takes("--fsdp", type=int, default=1, help="ways to split parameters")
+COMMAND.takes("--sequence", type=int, default=1, help="ways to split tokens")
+COMMAND.takes(
+    "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to compute in"
+)
+COMMAND.takes("--frames", type=int, default=73, help="of the video")
+COMMAND.takes("--height", type=int, default=480, help="of the video")
+COMMAND.takes("--width", type=int, default=832, help="of the video")
+COMMAND.switch("--distributed", DISTRIBUTED)
+COMMAND.switch("--trust", TRUST)
+COMMAND.switch("--no-step", "only read")
+
+
+def main(given: argparse.Namespace) -> None:
     """Read, step, print one line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--fsdp", type=int, default=1, help="ways to split parameters")
-    parser.add_argument("--sequence", type=int, default=1, help="ways to split tokens")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--frames", type=int, default=73)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--distributed", action="store_true", help=DISTRIBUTED)
-    parser.add_argument("--trust", action="store_true", help=TRUST)
-    parser.add_argument("--no-step", action="store_true", help="only read")
-    given = parser.parse_args()
     initialise(given.distributed)
     trust(given.trust)
     count = given.fsdp * given.sequence
@@ -154,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    COMMAND.run(main)

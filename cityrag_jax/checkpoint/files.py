@@ -56,9 +56,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); take another copy.") from error
+        raise ValueError(
+            f"{path} is damaged: it is not JSON ({error}); take another copy."
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; take another copy.")
+        raise ValueError(
+            f"{path} is damaged: it holds no JSON object; take another copy."
+        )
     return value
 
 

@@ -14,6 +14,7 @@ ends with
     0   all is done
     1   training went astray (FloatingPointError)
     2   something given is wrong: one line says what, where and what to do
+    3   some of many things cannot be done, the others are
     70  a fault of this program: one line says where; --debug shows the traceback
     130 stopped by hand
 """
@@ -115,22 +116,25 @@ class Command:
                 self._parser.error(str(error))
         return given
 
-    def run(
+    def run(self, main: Callable[[argparse.Namespace], int | None]) -> NoReturn:
+        """Parse the command line, call, and exit as a good host does."""
+        sys.exit(self.call(main))
+
+    def call(
         self,
         main: Callable[[argparse.Namespace], int | None],
         arguments: Sequence[str] | None = None,
-    ) -> NoReturn:
-        """Parse, call, and exit as a good host does."""
+    ) -> int:
+        """Parse, call, and give the exit code; say in a line what went wrong."""
         given = self.parse(arguments)
         if given.debug:
-            sys.exit(main(given))
+            return main(given) or 0
         try:
-            code = main(given)
+            return main(given) or 0
         except KeyboardInterrupt:
-            sys.exit(_say("stopped.", STOPPED))
+            return _say("stopped.", STOPPED)
         except Exception as error:
-            sys.exit(_say(*describe_error(error)))
-        sys.exit(code)
+            return _say(*describe_error(error))
 
     def _finish(self) -> None:
         """Add, once and last, what every command takes."""

@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from cityrag_jax.checkpoint import memory
 from cityrag_jax.checkpoint.bundles import (
+    CONFIG,
     TEXTS,
     Bundle,
+    is_bundle,
     write_config,
     write_texts,
 )
@@ -115,8 +117,6 @@ def plan_conversion(
         raise ValueError(
             f"--source and --out are both {out.resolve()}; choose another."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; delete it or choose another name.")
     folder = open_folder(source)
     wanted = list(parts or [p for p in PARTS if p != "clip" or folder.takes_image])
     unknown = sorted(set(wanted) - set(PARTS))
@@ -156,12 +156,31 @@ def _check_text_encoder(source: Path, networks: Sequence[NetworkPlan]) -> None:
             )
 
 
+def is_done(plan: Conversion) -> bool:
+    """Say whether the output is there, made of what is planned.
+
+    Raises ValueError if something else has its name.
+    """
+    out = plan.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    stored = read_json(out / CONFIG) if is_bundle(out) else {}
+    modules = {network.name: network.description for network in plan.networks}
+    planned = {"modules": modules, "source": _describe_source(plan)}
+    if any(stored.get(name) != x for name, x in _as_json(planned).items()):
+        raise ValueError(f"{out} exists; delete it or choose another name.")
+    return True
+
+
 def convert(plan: Conversion) -> list[Row]:
     """Write the planned bundle, or go on with it; give the table of what was read.
 
+    Nothing is written if it is there already.
     Raises ValueError, and leaves nothing, if a value is not finite; ValueError with the
     remedy, leaving what is finished, if the disk is or becomes full.
     """
+    if is_done(plan):
+        return table(plan)
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     work = _Work(plan)
     work.check_space()
@@ -368,7 +387,11 @@ def _fingerprint(plan: Conversion) -> dict[str, Any]:
         "prompt": plan.prompt,
         "loras": [lora.text for lora in plan.loras],
     }
-    return json.loads(json.dumps(made_from))
+    return _as_json(made_from)
+
+
+def _as_json(document: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(document))
 
 
 def _files(plan: Conversion) -> list[Path]:
@@ -403,6 +426,7 @@ def _describe_source(plan: Conversion) -> dict[str, Any]:
         "loras": {lora.path.name: lora.strength for lora in plan.loras},
         "branches": branches,
         "prompt": plan.prompt if plan.with_text else "",
+        "dtype": plan.dtype,
         "converted_by": "tools/convert_wan.py",
     }
 

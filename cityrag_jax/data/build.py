@@ -5,6 +5,7 @@ under its name only when it is complete.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cityrag_jax.geo.ecef import ecef_from_enu
 LICENCE = "CC0-1.0"
 ATTRIBUTION = "rendered by cityrag_jax"
 RENDER_AT_ONCE = 64
+BUFFER_M = 100.0
 
 # What `tools/build_city.py --preset` changes of a toy city's plan.
 PRESETS = {
@@ -47,11 +49,12 @@ def build_toy_city(
     held_out_fraction: float = 0.25,
     quality: int = 90,
     overwrite: bool = False,
+    **limits: float,
 ) -> City:
     """Render a toy city's panoramas, write them as a city, mine pairs of its drives.
 
     `held_out_fraction` of the neighbourhoods is kept for evaluation: 1.0 for a city
-    never trained on.
+    never trained on; `limits` are other values of `PairConfig`.
     """
     made = drives(config)
     anchor = (config.latitude_deg, config.longitude_deg, config.height_m)
@@ -61,12 +64,11 @@ def build_toy_city(
     )
     captures = columns_of(made, anchor)
     # Before the long part: a city without pairs is of no use.
-    pairs = mine_pairs(
-        captures, config.name, pair_config(num_frames, held_out_fraction)
-    )
+    rules = pair_config(num_frames, held_out_fraction, **limits)
+    pairs = mine_pairs(captures, config.name, rules)
     bar = tqdm.tqdm(total=len(captures), desc=f"rendering {config.name}", unit="pano")
     with bar:
-        panoramas = _render(config, made, height, bar)
+        panoramas = functools.partial(_render, config, made, height, bar)
         written = write_city(
             folder, header, captures, panoramas, quality=quality, overwrite=overwrite
         )
@@ -75,24 +77,35 @@ def build_toy_city(
 
 
 def mine_city(
-    folder: str | Path, num_frames: int = 73, held_out_fraction: float = 0.1
+    folder: str | Path,
+    num_frames: int = 73,
+    held_out_fraction: float = 0.1,
+    **limits: float,
 ) -> Pairs:
-    """Mine the pairs of a city on disk, again or for the first time."""
+    """Mine the pairs of a city on disk, again or for the first time.
+
+    `limits` are those of `PairConfig`. Training keeps `BUFFER_M` away from what is held
+    out, but in toy cities, whose neighbourhoods lie apart.
+    """
     opened = City(folder)
-    config = pair_config(num_frames, held_out_fraction)
+    buffer_m = 0.0 if "toy_city" in opened.header.generator else BUFFER_M
+    limits = {"buffer_m": buffer_m, **limits}
+    config = pair_config(num_frames, held_out_fraction, **limits)
     pairs = mine_pairs(opened.captures, opened.name, config)
     save_pairs(opened.folder, pairs)
     return pairs
 
 
-def pair_config(num_frames: int, held_out_fraction: float) -> PairConfig:
+def pair_config(
+    num_frames: int, held_out_fraction: float, **limits: float
+) -> PairConfig:
     """Scale the paper's 73 frames and 61 condition frames to another length."""
-    return PairConfig(
-        num_frames=num_frames,
-        min_condition=round(num_frames * 61 / 73),
-        stride=max(1, round(num_frames * 8 / 73)),
-        held_out_fraction=held_out_fraction,
-    )
+    kinds = {
+        "min_condition": round(num_frames * 61 / 73),
+        "stride": max(1, round(num_frames * 8 / 73)),
+        "held_out_fraction": held_out_fraction,
+    }
+    return PairConfig(num_frames=num_frames, **{**kinds, **limits})
 
 
 def columns_of(made: list[Drive], anchor: tuple[float, float, float]) -> Captures:
@@ -117,10 +130,14 @@ def columns_of(made: list[Drive], anchor: tuple[float, float, float]) -> Capture
 
 
 def _render(
-    config: CityConfig, made: list[Drive], height: int, bar: tqdm.tqdm
+    config: CityConfig, made: list[Drive], height: int, bar: tqdm.tqdm, start: int
 ) -> Iterator[UInt8[np.ndarray, "P W 3"]]:
+    """Render the panoramas of drives from one of them on."""
+    bar.update(start)
     for drive in made:
-        for first in range(0, len(drive.time_s), RENDER_AT_ONCE):
+        skipped = min(start, len(drive.time_s))
+        start -= skipped
+        for first in range(skipped, len(drive.time_s), RENDER_AT_ONCE):
             part = slice(first, first + RENDER_AT_ONCE)
             poses, times_s = drive.enu_from_camera[part], drive.time_s[part]
             pictures = render_panoramas(config, drive.scene, poses, times_s, height)

@@ -103,5 +103,5 @@ def check_anchor(
     raise ValueError(
         f"{source}: capture {k} lies at latitude {latitude:.5f}, longitude "
         f"{longitude:.5f}, {distance_m[k] / 1000:.0f} km from the city's anchor at "
-        f"{anchor[0]:.5f}, {anchor[1]:.5f}; {cure}."
+        f"{anchor[0]:.5f}, {anchor[1]:.5f} (city.json); {cure}."
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32
+from jaxtyping import Bool, Float64, Int32, Int64
 
 from cityrag_jax.data import capture_checks as checks
 from cityrag_jax.geo.ecef import geodetic_from_ecef
@@ -41,6 +41,11 @@ class Captures:
 
     def __len__(self) -> int:
         return len(self.time_s)
+
+    def select(self, which: Bool[np.ndarray, " _"] | Int64[np.ndarray, " _"]):
+        """Keep the captures of a mask, or put some into another order."""
+        fields = dataclasses.fields(self)
+        return Captures(**{f.name: getattr(self, f.name)[which] for f in fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +184,15 @@ def write_columns(folder: Path, header: CityHeader, captures: Captures) -> None:
     (folder / "city.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
+def plan_digest(header: CityHeader, captures: Captures, quality: int) -> int:
+    """Give the crc32 of all that decides what a city will hold, but the pictures."""
+    words = json.dumps([dataclasses.asdict(header), quality], sort_keys=True)
+    crc = zlib.crc32(words.encode())
+    for field in dataclasses.fields(Captures):
+        crc = zlib.crc32(np.ascontiguousarray(getattr(captures, field.name)), crc)
+    return crc
+
+
 def _digest(document: dict) -> int:
     """Give the crc32 of a JSON object, whatever the spaces between its words."""
     return zlib.crc32(json.dumps(document, sort_keys=True).encode())
@@ -197,6 +211,8 @@ def read_header(folder: Path) -> CityHeader:
                 f"{path} has format {version}, this program reads {FORMAT_VERSION}; "
                 f"{REBUILD}."
             )
+        if "digest" not in document:
+            raise ValueError(f"{path} is of an older form, without digest; {REBUILD}.")
         if document.pop("digest") != _digest(document):
             raise ValueError(f"{path} is damaged: its checksum differs; {REBUILD}.")
         fields = {f.name: document[f.name] for f in dataclasses.fields(CityHeader)}

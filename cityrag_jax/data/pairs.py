@@ -3,10 +3,12 @@
 A pair is a window of `num_frames` consecutive captures of drive a, and the capture of
 drive b nearest to its first place, such that b follows the window: mean distance below
 `max_mean_distance_m`, the same direction, and progress along b that never turns back.
-The mean runs over the window's captures, each to the nearest capture of b.
+The mean runs over the window's captures, each to the nearest capture of b, as seen on a
+map: satellites err more in height, by an offset that is a pair of drives' own.
 
 Neighbourhoods can be held out for evaluation: their pairs are marked, and no training
-pair shows a capture of theirs. Pairs are ordered: (a, b) and (b, a) are two.
+pair shows a capture of theirs or one near to theirs. Pairs are ordered: (a, b) and
+(b, a) are two.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
 from cityrag_jax.data.captures import Captures, read_columns
+from cityrag_jax.geo.ecef import drop_to_ellipsoid
 from cityrag_jax.geo.retrieval import build_tree, drive_edges
 
 
@@ -29,6 +32,10 @@ class PairConfig:
     morning and afternoon). `stride` is the step between windows of a drive.
     `min_condition` captures must be left in drive b. `held_out` lists neighbourhoods;
     None draws `held_out_fraction` of them by `seed`. 1.0 holds out the whole city.
+    Neither drive may go back by more than `max_back_m` of noise, or leap by more than
+    `max_step_m`. Heights of two drives may differ by an offset of `max_offset_m` (a
+    bridge is higher), and otherwise by `max_height_m` on average. Training keeps
+    `buffer_m` away from what is held out. All these are *assumed*.
     """
 
     num_frames: int = 73
@@ -37,6 +44,11 @@ class PairConfig:
     max_turn_deg: float = 45.0
     stride: int = 8
     min_condition: int = 61
+    max_back_m: float = 2.0
+    max_step_m: float = 20.0
+    max_offset_m: float = 15.0
+    max_height_m: float = 3.0
+    buffer_m: float = 0.0
     held_out: tuple[int, ...] | None = None
     held_out_fraction: float = 0.1
     seed: int = 0
@@ -124,7 +136,7 @@ def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
     Raises ValueError with the parameters tried and the nearest miss if there are none.
     """
     chosen = choose_held_out(captures.neighbourhood, name, config)
-    track = _track(captures)
+    track = _track(captures, config.max_step_m)
     starts = _window_starts(track.edges, config)
     window, drive = _candidates(captures, track, starts, config)
     order = np.argsort(drive, kind="stable")
@@ -135,6 +147,7 @@ def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
         first = starts[window[group]]
         match, distance_m = _follow(track, first, int(drive[group[0]]), config)
         fits = _fits(track, first, match, config)
+        fits[fits] = _same_level(track, first[fits], match[fits], config)
         near = distance_m <= config.max_mean_distance_m
         keep = fits & near
         found.append(np.stack([first[keep], match[keep, 0], distance_m[keep]]))
@@ -145,7 +158,7 @@ def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
         raise ValueError(f"{name} has no pairs: {reason}")
     order = np.lexsort([start_b, start_a])
     start_a, start_b = (s[order].astype(np.int64) for s in (start_a, start_b))
-    held_out, clean = _hold_out(captures, chosen, start_a, start_b, config)
+    held_out, clean = _hold_out(captures, track, chosen, start_a, start_b, config)
     pairs = Pairs(
         drive_a=captures.drive[start_a],
         start_a=start_a,
@@ -161,22 +174,26 @@ def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class _Track:
-    """Positions from the city's middle, length along drives, and travel direction."""
+    """Places and heights of captures, and how they were driven through.
+
+    Positions lie on the ellipsoid, from the city's middle. `leaps` counts the steps
+    longer than is allowed up to each capture.
+    """
 
     position_m: Float64[np.ndarray, "N 3"]
+    height_m: Float64[np.ndarray, " N"]
+    leaps: Int64[np.ndarray, " N"]
     along_m: Float64[np.ndarray, " N"]
     direction: Float64[np.ndarray, "N 3"]
     edges: Int64[np.ndarray, " D"]
 
 
-def _track(captures: Captures) -> _Track:
-    position_m = captures.ecef_from_camera[:, :3, 3]
-    position_m = position_m - position_m.mean(0)
+def _track(captures: Captures, max_step_m: float) -> _Track:
+    below_m, height_m = drop_to_ellipsoid(captures.ecef_from_camera[:, :3, 3])
+    position_m = below_m - below_m.mean(0)
     edges = drive_edges(captures.drive)
-    steps_m = np.linalg.norm(
-        np.diff(position_m, axis=0, prepend=position_m[:1]), axis=1
-    )
-    steps_m[edges[:-1]] = 0
+    steps = np.diff(position_m, axis=0, prepend=position_m[:1])
+    steps[edges[:-1]] = 0
     # Five captures ahead and behind, within the drive: noise must not turn it.
     lengths = np.diff(edges)
     low, high = np.repeat(edges[:-1], lengths), np.repeat(edges[1:] - 1, lengths)
@@ -185,7 +202,10 @@ def _track(captures: Captures) -> _Track:
     moved = ahead - position_m[np.maximum(index - 5, low)]
     length_m = np.linalg.norm(moved, axis=1, keepdims=True)
     direction = np.where(length_m > 0.1, moved / np.maximum(length_m, 0.1), 0)
-    return _Track(position_m, np.cumsum(steps_m), direction, edges)
+    leaps = np.cumsum(np.linalg.norm(steps, axis=1) > max_step_m)
+    # Counted along the course: noise of the places does not lengthen the way.
+    along_m = np.cumsum(np.einsum("nk,nk->n", steps, direction))
+    return _Track(position_m, height_m, leaps, along_m, direction, edges)
 
 
 def _window_starts(
@@ -248,9 +268,13 @@ def _fits(
 ) -> Bool[np.ndarray, " W"]:
     """Say whether the other drive goes along: steadily, as far, and the same way."""
     windows = first[:, None] + np.arange(config.num_frames)[None]
-    steps = np.diff(match, axis=1)
-    # Two captures back are noise of the position, more is another direction.
-    steady = (steps.min(1, initial=0) >= -2) & (match[:, -1] > match[:, 0])
+    # A little back is noise of the position, more is another direction.
+    ahead_m = np.diff(track.along_m[match], axis=1)
+    steady = ahead_m.min(1, initial=0) >= -config.max_back_m
+    steady &= match[:, -1] > match[:, 0]
+    for places in (windows, match):
+        ends = track.leaps[places[:, [0, -1]]]
+        steady &= ends[:, 0] == ends[:, 1]
     ours_m = track.along_m[windows[:, -1]] - track.along_m[windows[:, 0]]
     theirs_m = track.along_m[match[:, -1]] - track.along_m[match[:, 0]]
     as_far = theirs_m <= 2 * ours_m + 2 * config.max_mean_distance_m
@@ -263,8 +287,32 @@ def _fits(
     return steady & as_far & same_way & enough
 
 
+def _same_level(
+    track: _Track,
+    first: Int64[np.ndarray, " W"],
+    match: Int64[np.ndarray, "W N"],
+    config: PairConfig,
+) -> Bool[np.ndarray, " W"]:
+    """Say whether windows keep the offset in height that their drives have throughout.
+
+    All matches are of one drive; the offset is the median over a pair of drives.
+    """
+    windows = first[:, None] + np.arange(config.num_frames)[None]
+    apart_m = track.height_m[windows] - track.height_m[match]
+    drive = np.searchsorted(track.edges, first, "right")
+    level = np.zeros(len(first), bool)
+    for number in np.unique(drive):
+        rows = np.flatnonzero(drive == number)
+        offset_m = np.median(apart_m[rows])
+        off_m = np.abs(apart_m[rows] - offset_m).mean(1)
+        level[rows] = off_m <= config.max_height_m
+        level[rows] &= abs(offset_m) <= config.max_offset_m
+    return level
+
+
 def _hold_out(
     captures: Captures,
+    track: _Track,
     chosen: Int32[np.ndarray, " H"],
     start_a: Int64[np.ndarray, " P"],
     start_b: Int64[np.ndarray, " P"],
@@ -273,15 +321,23 @@ def _hold_out(
     """Say which pairs are held out, and which lie wholly on one side of the line.
 
     Held out: the window lies within held-out neighbourhoods. Training: neither the
-    window nor the captures of b that a condition may show touch them. Others go.
+    window nor the captures of b that a condition may show come near them. Others go.
     """
-    edges = drive_edges(captures.drive)
-    held = np.concatenate([[0], np.cumsum(np.isin(captures.neighbourhood, chosen))])
+    edges, kept_back = track.edges, np.isin(captures.neighbourhood, chosen)
+    inside = np.concatenate([[0], np.cumsum(kept_back)])
+    if kept_back.any() and config.buffer_m > 0:
+        tree = build_tree(track.position_m[kept_back])
+        apart_m, _ = tree.query(
+            track.position_m, distance_upper_bound=config.buffer_m, workers=-1
+        )
+        kept_back |= np.isfinite(apart_m)
+    held = np.concatenate([[0], np.cumsum(kept_back)])
     in_a = held[start_a + config.num_frames] - held[start_a]
     stop_b = edges[np.searchsorted(edges, start_b, "right")]
     # Conditions are at most a few captures longer than windows; twice is safe.
     in_b = held[np.minimum(start_b + 2 * config.num_frames, stop_b)] - held[start_b]
-    held_out = in_a == config.num_frames
+    within = inside[start_a + config.num_frames] - inside[start_a]
+    held_out = within == config.num_frames
     return held_out, held_out | ((in_a == 0) & (in_b == 0))
 
 

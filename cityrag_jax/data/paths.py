@@ -45,6 +45,7 @@ def lay_script(
 
 
 def _lay(drawn, city: City, spacing_m: float) -> Float64[np.ndarray, "N 4 4"]:
+    _check_length(np.nan_to_num(drawn), spacing_m)  # matching it takes a while
     places = fill_heights(city.index, drawn)
     _check_length(places, spacing_m)
     return poses_on_earth(places, spacing_m)

@@ -11,9 +11,10 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -24,7 +25,9 @@ from cityrag_jax.data.captures import REBUILD
 from cityrag_jax.geo import panorama
 
 VERSION = "1.0.0"
-FILE_BYTES = 1 << 30
+SHARD = 256  # panoramas a file: 0.8 GB of those 2048 high
+OPENED = 64  # files at once; a process may have 1024
+PROGRESS = "progress.json"
 
 
 def encode_panorama(
@@ -45,56 +48,86 @@ def encode_panorama(
     ]
 
 
-def encode_ahead(
-    panoramas: Iterator[np.ndarray], quality: int, pool: ThreadPoolExecutor
-) -> Iterator[bytes]:
-    """Encode ahead in threads, in order, with a bounded number in flight."""
+def map_ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], num_threads: int
+) -> Iterator[Any]:
+    """Compute ahead in threads, in order, with two results a thread in flight."""
     waiting = collections.deque()
-    for picture in panoramas:
-        waiting.append(pool.submit(encode_panorama, picture, quality))
-        if len(waiting) > 32:
-            yield from waiting.popleft().result()
-    while waiting:
-        yield from waiting.popleft().result()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def write_records(folder: Path, records: Iterator[bytes]) -> None:
-    """Store records in order, in files of about `FILE_BYTES`, with their metadata.
+def write_records(
+    folder: Path,
+    count: int,
+    encoded: Callable[[int], Iterator[list[bytes] | None]],
+    plan: int,
+) -> list[int]:
+    """Store the tiles of panoramas in files of `SHARD` panoramas, with metadata.
 
-    Written file by file: a TensorFlow Datasets builder collects everything first, in
-    memory up to 1 GB and beyond that by TensorFlow.
+    `encoded(k)` gives the tiles of panorama k and those behind it, None for one that
+    cannot be read; the numbers of those are returned. Files that stand in the folder
+    from an interrupted writing of the same `plan` are kept.
     """
     path = folder / "panoramas" / VERSION
-    path.mkdir(parents=True)
-    lengths, num_bytes = [], 0
-    records = iter(records)
-    while taken := _write_file(path / f"{len(lengths):05d}", records):
-        lengths.append(taken[0])
-        num_bytes += taken[1]
-    for k in range(len(lengths)):
-        os.replace(path / f"{k:05d}", path / _file_name(k, len(lengths)))
-    _write_metadata(path, lengths, num_bytes)
+    path.mkdir(parents=True, exist_ok=True)
+    shards = -(-count // SHARD)
+    done = _read_progress(path / PROGRESS, plan)
+    panoramas = encoded(SHARD * len(done))
+    for number in range(len(done), shards):
+        first, stop = SHARD * number, min(SHARD * (number + 1), count)
+        part = zip(range(first, stop), panoramas, strict=False)
+        done.append(_write_shard(path / _file_name(number, shards), part))
+        document = {"plan": plan, "shards": done}
+        temporary = path / f".{PROGRESS}"
+        temporary.write_text(json.dumps(document))
+        os.replace(temporary, path / PROGRESS)
+    for _ in panoramas:  # whoever gives too many is to say so
+        pass
+    lengths = [shard["records"] for shard in done]
+    _write_metadata(path, lengths, sum(shard["bytes"] for shard in done))
+    (path / PROGRESS).unlink()
+    return [k for shard in done for k in shard["dropped"]]
 
 
-def _write_file(path: Path, records: Iterator[bytes]) -> tuple[int, int] | None:
-    """Fill one file; give its records and bytes, None when no record is left."""
+def _read_progress(path: Path, plan: int) -> list[dict]:
+    """Give what is known of the finished files, none if they are of another plan."""
+    try:
+        document = json.loads(path.read_text())
+        if document["plan"] == plan:
+            return document["shards"]
+    except (OSError, ValueError, KeyError):
+        pass
+    for stale in path.parent.glob("*/*"):
+        stale.unlink()
+    return []
+
+
+def _write_shard(path: Path, panoramas: Iterable[tuple[int, list[bytes] | None]]):
+    """Fill one file under a temporary name; say what went into it."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    record = next(records, None)
-    if record is None:
-        return None
+    temporary = path.with_name(f".{path.name}")
     # JPEG does not shrink: one record a group, uncompressed, is read by itself.
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
-    count = num_bytes = 0
-    while record is not None:
-        example = tf_example_pb2.Example()
-        example.features.feature["jpeg"].bytes_list.value.append(record)
-        writer.write(example.SerializeToString())
-        count, num_bytes = count + 1, num_bytes + len(record)
-        record = next(records, None) if num_bytes < FILE_BYTES else None
+    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
+    records, num_bytes, dropped = 0, 0, []
+    for number, tiles in panoramas:
+        if tiles is None:
+            dropped.append(number)
+        for tile in tiles or ():
+            example = tf_example_pb2.Example()
+            example.features.feature["jpeg"].bytes_list.value.append(tile)
+            writer.write(example.SerializeToString())
+            records, num_bytes = records + 1, num_bytes + len(tile)
     writer.close()
-    return count, num_bytes
+    os.replace(temporary, path)
+    return {"records": records, "bytes": num_bytes, "dropped": dropped}
 
 
 def _write_metadata(path: Path, lengths: list[int], num_bytes: int) -> None:
@@ -142,16 +175,11 @@ class Records:
             from array_record.python.array_record_module import ArrayRecordReader
             from tensorflow_datasets.proto import tf_example_pb2
 
-        shards = _shards(folder)
-        self._stops = list(itertools.accumulate(length for _, length in shards))
-        self._readers = [
-            ArrayRecordReader(
-                os.fspath(path),
-                options="readahead_buffer_size:0,max_parallelism:0",
-                file_reader_buffer_size=32768,
-            )
-            for path, _ in shards
-        ]
+        self._shards = _shards(folder)
+        self._stops = list(itertools.accumulate(length for _, length in self._shards))
+        self._reader = ArrayRecordReader
+        self._readers = collections.OrderedDict()
+        self._opening = threading.Lock()
         self._example = tf_example_pb2.Example
 
     def __getitem__(self, number: int) -> bytes:
@@ -160,11 +188,33 @@ class Records:
         # A range of one takes 7 us; a list of one, which data sources ask for, takes
         # time in proportion to the file's records: 350 us for 100,000.
         try:
-            (record,) = self._readers[shard].read(place, place + 1)
+            (record,) = self._open(shard).read(place, place + 1)
             example = self._example.FromString(record)
         except (IndexError, RuntimeError, DecodeError) as error:
             raise ValueError(f"record {number} is damaged ({error})") from error
         return example.features.feature["jpeg"].bytes_list.value[0]
+
+    def _open(self, shard: int):
+        """Give a file's reader; the one that was not asked for longest is closed."""
+        with self._opening:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                path, length = self._shards[shard]
+                reader = self._reader(
+                    os.fspath(path),
+                    options="readahead_buffer_size:0,max_parallelism:0",
+                    file_reader_buffer_size=32768,
+                )
+                # A file that cannot be opened says nothing but that it is empty.
+                if reader.num_records() != length:
+                    raise ValueError(
+                        f"{path} holds {reader.num_records()} records instead of "
+                        f"{length}, or could not be opened"
+                    )
+            self._readers[shard] = reader
+            if len(self._readers) > OPENED:
+                self._readers.popitem(last=False)
+            return reader
 
 
 def count_records(folder: Path) -> int:

@@ -12,11 +12,13 @@ Tiles let a crop decode 2.4 of 40: with random yaw 116 instead of 13 crops a sec
 4096x2048 pixels. Panorama frames are OpenCV's (x right, y down, z the centre column).
 """
 
+import contextlib
+import fcntl
 import functools
+import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -29,6 +31,7 @@ from cityrag_jax.data.captures import (
     Captures,
     CityHeader,
     check_captures,
+    plan_digest,
     read_captures,
     read_header,
     write_columns,
@@ -36,7 +39,8 @@ from cityrag_jax.data.captures import (
 from cityrag_jax.data.records import (
     Records,
     count_records,
-    encode_ahead,
+    encode_panorama,
+    map_ahead,
     write_records,
 )
 from cityrag_jax.geo.panorama import (
@@ -51,12 +55,15 @@ from cityrag_jax.geo.panorama import (
 )
 from cityrag_jax.geo.retrieval import CaptureIndex, index_captures
 
+Picture = UInt8[np.ndarray, "P W 3"] | None
+Panoramas = Iterable[Picture] | Callable[[int], Iterable[Picture]]
+
 
 def write_city(
     folder: str | Path,
     header: CityHeader,
     captures: Captures,
-    panoramas: Iterable[UInt8[np.ndarray, "P W 3"]],
+    panoramas: Panoramas,
     *,
     quality: int = 90,
     num_threads: int | None = None,
@@ -64,41 +71,112 @@ def write_city(
 ) -> "City":
     """Write a city under a temporary name and rename it when it is complete.
 
-    `panoramas` is read once, in the captures' order; JPEG tiles are encoded in
-    threads while the next ones are made. Raises ValueError, and leaves nothing
+    `panoramas`, in the captures' order, holds None where one cannot be read: its
+    capture goes, too. JPEG tiles are encoded in threads. Killed, the same call goes on
+    behind the last whole file; `panoramas` may be a function that gives those from a
+    number on, so that none is made in vain. Raises ValueError, and leaves nothing
     behind, when anything does not fit.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists already; remove it or choose another name.")
+    check_free(folder, overwrite)
     tile_edges(header.panorama_height)
     check_captures(captures, header, header.name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    replaced = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        checked = _check_panoramas(panoramas, header, len(captures))
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            write_records(temporary, encode_ahead(checked, quality, pool))
-        write_columns(temporary, header, captures)
-        City(temporary)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    temporary = folder.parent / f".{folder.name}.writing"
+    temporary.mkdir(parents=True, exist_ok=True)
+    with _sole_writer(temporary):
+        try:
+            captures = _write_panoramas(
+                temporary, header, captures, panoramas, quality, num_threads
+            )
+            write_columns(temporary, header, captures)
+            City(temporary)
+        except ValueError:
+            shutil.rmtree(temporary)
+            raise
+        _move_over(temporary, folder)
     return City(folder)
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse to write where something stands, unless it may be replaced."""
+    if folder.exists() and not overwrite:
+        raise ValueError(
+            f"{folder} exists already; remove it, choose another name, or give "
+            "--overwrite."
+        )
+
+
+@contextlib.contextmanager
+def _sole_writer(temporary: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which the system gives back however we end."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{temporary} is being written by another process; wait for it."
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _move_over(temporary: Path, folder: Path) -> None:
+    """Give a finished city its name; the one before goes when that is done."""
+    replaced = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    if folder.exists():
+        os.replace(folder, replaced)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_panoramas(
+    temporary: Path,
+    header: CityHeader,
+    captures: Captures,
+    panoramas: Panoramas,
+    quality: int,
+    num_threads: int | None,
+) -> Captures:
+    """Write all panoramas; give the captures of those that could be read."""
+    plan = plan_digest(header, captures, quality)
+
+    def encode(picture: np.ndarray | None) -> list[bytes] | None:
+        return None if picture is None else encode_panorama(picture, quality)
+
+    def encoded(first: int) -> Iterator[list[bytes] | None]:
+        pictures = (
+            panoramas(first)
+            if callable(panoramas)
+            else itertools.islice(panoramas, first, None)
+        )
+        checked = _check_panoramas(pictures, header, first, len(captures))
+        return map_ahead(encode, checked, num_threads or os.cpu_count())
+
+    dropped = write_records(temporary, len(captures), encoded, plan)
+    kept = np.ones(len(captures), bool)
+    kept[dropped] = False
+    if not kept.any():
+        raise ValueError(f"{header.name}: none of {len(kept)} panoramas can be read.")
+    return captures.select(kept)
+
+
 def _check_panoramas(
-    panoramas: Iterable[np.ndarray], header: CityHeader, num_captures: int
-) -> Iterator[np.ndarray]:
-    count, shape = 0, (header.panorama_height, 2 * header.panorama_height, 3)
-    for count, picture in enumerate(panoramas, 1):
-        if picture.shape != shape or picture.dtype != np.uint8:
+    panoramas: Iterable[np.ndarray | None],
+    header: CityHeader,
+    first: int,
+    num_captures: int,
+) -> Iterator[np.ndarray | None]:
+    count, shape = first, (header.panorama_height, 2 * header.panorama_height, 3)
+    for count, picture in enumerate(panoramas, first + 1):
+        if picture is not None and (
+            picture.shape != shape or picture.dtype != np.uint8
+        ):
             raise ValueError(
                 f"{header.name}: panorama {count - 1} is {picture.dtype} of "
                 f"{picture.shape}, the city's are uint8 of {shape}; resize it."

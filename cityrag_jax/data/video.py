@@ -6,18 +6,22 @@ imported when used, since not every machine that trains has it.
 
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
 from jaxtyping import UInt8
 
 # What makes equal frames equal bytes on any machine: fixed threads, and no decision
 # that depends on timing or on the processor.
 X264 = {"x264-params": "cpu-independent=1:mbtree=0", "threads": "4"}
 
+MOST_PIXELS = 2**27  # that are decoded: 16,384 x 8,192, the largest panoramas
+NO_PICTURE = "{} is not a readable picture; give a JPEG or PNG."
 REORDERED = 2  # frames by which x264 decodes ahead of showing
 
 
@@ -168,16 +172,31 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
+    _check_size(path)
     content = np.frombuffer(path.read_bytes(), np.uint8)
     try:
-        picture = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
-    except cv2.error as error:  # above 2^30 pixels, by what its header says
-        raise ValueError(
-            f"{path} is too large a picture to decode; make it smaller."
-        ) from error
+        picture = cv2.imdecode(content, cv2.IMREAD_COLOR)
+    except cv2.error:  # of what its own header calls too large
+        picture = None
     if picture is None:
-        raise ValueError(f"{path} is not a readable picture; give a JPEG or PNG.")
+        raise ValueError(NO_PICTURE.format(path))
     return np.ascontiguousarray(picture[..., ::-1])
+
+
+def _check_size(path: Path) -> None:
+    """Read a picture's header alone: a few bytes may claim any size."""
+    try:
+        with warnings.catch_warnings(action="ignore"), PIL.Image.open(path) as picture:
+            width, height = picture.size
+    except PIL.Image.DecompressionBombError:
+        width = height = 2**16
+    except Exception as error:  # Pillow's readers raise many kinds
+        raise ValueError(NO_PICTURE.format(path)) from error
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"{path} is too large a picture to decode, at most {MOST_PIXELS:,} pixels "
+            "are; make it smaller."
+        )
 
 
 def write_image(path: str | Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:

@@ -116,14 +116,18 @@ def _places(points, file_name) -> np.ndarray:
 
 def parse_gpx(text: str, file_name: str = "GPX") -> Float64[np.ndarray, "M 3"]:
     """Read the track of a GPX file, or else its route, or else its waypoints."""
-    root = _read_xml(text, file_name, "gpx")
-    groups = [e for e in root.iter() if _name(e) == "trkseg"]
-    groups = groups or [e for e in root.iter() if _name(e) == "rte"] or [root]
+    root = read_xml(text, file_name, "gpx")
+    groups = [e for e in root.iter() if local_name(e) == "trkseg"]
+    groups = groups or [e for e in root.iter() if local_name(e) == "rte"] or [root]
     lines = []
     for group in groups:
-        points = [e for e in group if _name(e) in ("trkpt", "rtept", "wpt")]
+        points = [e for e in group if local_name(e) in ("trkpt", "rtept", "wpt")]
         rows = [
-            [p.get("lat"), p.get("lon"), *(c.text for c in p if _name(c) == "ele")][:3]
+            [
+                p.get("lat"),
+                p.get("lon"),
+                *(c.text for c in p if local_name(c) == "ele"),
+            ][:3]
             for p in points
         ]
         if rows:
@@ -133,33 +137,33 @@ def parse_gpx(text: str, file_name: str = "GPX") -> Float64[np.ndarray, "M 3"]:
 
 def parse_kml(text: str, file_name: str = "KML") -> Float64[np.ndarray, "M 3"]:
     """Read the lines of a KML file, or its tracks, or else its points in order."""
-    root = _read_xml(text, file_name, "kml")
+    root = read_xml(text, file_name, "kml")
     lines, points = [], []
     for element in root.iter():
-        if _name(element) == "Track":
-            rows = [(c.text or "").split() for c in element if _name(c) == "coord"]
-        elif _name(element) in ("LineString", "LinearRing", "Point"):
-            inside = [c.text or "" for c in element if _name(c) == "coordinates"]
+        if local_name(element) == "Track":
+            rows = [(c.text or "").split() for c in element if local_name(c) == "coord"]
+        elif local_name(element) in ("LineString", "LinearRing", "Point"):
+            inside = [c.text or "" for c in element if local_name(c) == "coordinates"]
             rows = [row.split(",") for row in " ".join(inside).split()]
         else:
             continue
         rows = [[row[1], row[0], *row[2:3]] for row in rows if len(row) > 1]
-        (points if _name(element) == "Point" else lines).append(rows)
+        (points if local_name(element) == "Point" else lines).append(rows)
     found = lines or [[row for rows in points for row in rows]]
     return join_lines([_checked(r, file_name) for r in found if r], file_name)
 
 
-def _read_xml(text, file_name, kind):
+def read_xml(text, file_name, kind):
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise ValueError(f"{file_name} is not XML: {error}.") from error
-    if _name(root) != kind:
-        raise ValueError(f"{file_name} is {_name(root)}, not {kind}; rename it.")
+    if local_name(root) != kind:
+        raise ValueError(f"{file_name} is {local_name(root)}, not {kind}; rename it.")
     return root
 
 
-def _name(element) -> str:
+def local_name(element) -> str:
     """Give an element's name without its namespace."""
     return element.tag.rsplit("}", 1)[-1]
 

@@ -43,23 +43,35 @@ def poses_from_geodetic(
     count = len(latitude_deg)
     zeros = np.zeros((count, 3))
     enu_from_level = level_poses(zeros, np.deg2rad(heading_deg))[:, :3, :3]
-    pitch = np.deg2rad(np.broadcast_to(np.asarray(pitch_deg, float), count))
-    roll = np.deg2rad(np.broadcast_to(np.asarray(roll_deg, float), count))
-    level_from_pitched = np.tile(np.eye(3), (count, 1, 1))
-    level_from_pitched[:, 1, 1] = level_from_pitched[:, 2, 2] = np.cos(pitch)
-    level_from_pitched[:, 1, 2] = -np.sin(pitch)
-    level_from_pitched[:, 2, 1] = np.sin(pitch)
-    pitched_from_camera = np.tile(np.eye(3), (count, 1, 1))
-    pitched_from_camera[:, 0, 0] = pitched_from_camera[:, 1, 1] = np.cos(roll)
-    pitched_from_camera[:, 1, 0] = np.sin(roll)
-    pitched_from_camera[:, 0, 1] = -np.sin(roll)
+    tilt = level_from_tilted(
+        np.deg2rad(np.broadcast_to(np.asarray(pitch_deg, float), count)),
+        np.deg2rad(np.broadcast_to(np.asarray(roll_deg, float), count)),
+    )
     ecef_from_enu = enu_axes(latitude_deg, longitude_deg)
     poses = np.tile(np.eye(4), (count, 1, 1))
-    poses[:, :3, :3] = (
-        ecef_from_enu @ enu_from_level @ level_from_pitched @ pitched_from_camera
-    )
+    poses[:, :3, :3] = ecef_from_enu @ enu_from_level @ tilt
     poses[:, :3, 3] = ecef_from_geodetic(latitude_deg, longitude_deg, height_m)
     return poses
+
+
+def level_from_tilted(
+    pitch_rad: Float64[np.ndarray, "*N"] | float,
+    roll_rad: Float64[np.ndarray, "*N"] | float,
+) -> Float64[np.ndarray, "*N 3 3"]:
+    """Give the rotations of cameras that pitch up and then roll their right side down.
+
+    From the tilted camera's frame to that of a level one with the same heading.
+    """
+    shape = (*np.shape(pitch_rad), 3, 3)
+    level_from_pitched = np.tile(np.eye(3), (*shape[:-2], 1, 1)).reshape(shape)
+    pitched_from_tilted = level_from_pitched.copy()
+    sine, cosine = np.sin(pitch_rad), np.cos(pitch_rad)
+    level_from_pitched[..., 1, 1] = level_from_pitched[..., 2, 2] = cosine
+    level_from_pitched[..., 1, 2], level_from_pitched[..., 2, 1] = -sine, sine
+    sine, cosine = np.sin(roll_rad), np.cos(roll_rad)
+    pitched_from_tilted[..., 0, 0] = pitched_from_tilted[..., 1, 1] = cosine
+    pitched_from_tilted[..., 1, 0], pitched_from_tilted[..., 0, 1] = sine, -sine
+    return level_from_pitched @ pitched_from_tilted
 
 
 def to_opencv(

@@ -1,0 +1,1 @@
+"""From people's own panoramas to cities on disk."""

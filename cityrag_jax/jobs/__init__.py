@@ -1,0 +1,1 @@
+"""Lists of jobs: many videos, by many processes that may die."""
