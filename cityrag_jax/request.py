@@ -118,7 +118,8 @@ class Request:
 
     def identity(self) -> dict[str, Any]:
         """Say what decides about the video's pixels besides the job."""
-        solver = ("num_steps", "shift", "guidance", "scales", "preset", "ratios")
+        solver = ("num_steps", "shift", "guidance", "scales", "guided")
+        solver += ("preset", "ratios")
         return {
             "weights": self.weights or identify_model(self.checkpoint),
             **{name: self.config.sample[name] for name in solver},

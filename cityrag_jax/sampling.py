@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from cityrag_jax.parallel import shard
 
 CONDITIONS = ("pose", "geo")
 
+Velocities = Callable[[], Iterable[Float[Array, "B t h w z"]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -37,7 +40,8 @@ class Sampler:
     26.8 GB (81 frames of condition), split over the devices of a clip.
 
     `compute` says of every step whether the blocks are run, or their last residual is
-    added again (`diffusion.step_cache`); None runs them always, and exactly.
+    added again (`diffusion.step_cache`); None runs them always, and exactly. `guided`
+    says in which steps there is guidance; the others cost one pass. None is all.
     """
 
     num_steps: int = 40
@@ -47,14 +51,16 @@ class Sampler:
     without: tuple[str, ...] = ()
     keep_keys: bool = False
     compute: tuple[bool, ...] | None = None
+    guided: tuple[bool, ...] | None = None
 
     def __post_init__(self):
         _check_names(self.without)
-        if self.compute is not None and len(self.compute) != self.num_steps:
-            raise ValueError(
-                f"{len(self.compute)} steps are said to be computed or not, of "
-                f"{self.num_steps}; make the schedule for that many."
-            )
+        for what, told in (("computed", self.compute), ("guided", self.guided)):
+            if told is not None and len(told) != self.num_steps:
+                raise ValueError(
+                    f"{len(told)} steps are said to be {what} or not, of "
+                    f"{self.num_steps}; make the schedule for that many."
+                )
 
     def passes(self) -> tuple[WeightedPass, ...]:
         """List the weighted passes; what is left out is off in all of them."""
@@ -89,6 +95,7 @@ class Sampler:
             np.asarray(weights, np.float32),
             negative_text,
             None if self.compute is None else np.asarray(self.compute),
+            None if self.guided is None or len(seen) == 1 else np.asarray(self.guided),
             seen=seen,
             keep_keys=self.keep_keys,
         )
@@ -99,7 +106,12 @@ def read_sampler(sample: ConfigDict, without: tuple[str, ...] = ()) -> Sampler:
     scales = tuple(float(scale) for scale in sample.scales)
     shift = float(sample.shift)
     kinds = dict(without=without, keep_keys=sample.keep_keys)
-    kinds["compute"] = read_schedule(sample)
+    compute, guided = read_schedule(sample), read_guided(sample)
+    if compute and guided:  # where guidance returns, its passes have nothing to repeat
+        before = (True, *guided[:-1])
+        each = zip(compute, guided, before, strict=True)
+        compute = tuple(runs or (now and not last) for runs, now, last in each)
+    kinds |= {"compute": compute, "guided": guided}
     return Sampler(sample.num_steps, shift, sample.guidance, scales, **kinds)
 
 
@@ -114,6 +126,19 @@ def read_schedule(sample: ConfigDict) -> tuple[bool, ...] | None:
         return None
     ratios = tuple(map(float, sample.ratios)) or I2V_14B_480P_RATIOS
     return tuple(magcache_steps(kind, ratios, sample.num_steps).tolist())
+
+
+def read_guided(sample: ConfigDict) -> tuple[bool, ...] | None:
+    """Give the guided steps of a config, a stretch of them; None for all."""
+    first, last = map(float, sample.guided)
+    if not 0 <= first < last <= 1:
+        raise ValueError(
+            f"sample.guided is {sample.guided}; give the shares of the steps at which "
+            "guidance begins and ends, such as (0.0, 0.6)."
+        )
+    edges = round(first * sample.num_steps), round(last * sample.num_steps)
+    guided = tuple(edges[0] <= step < edges[1] for step in range(sample.num_steps))
+    return None if all(guided) else guided
 
 
 def drop(conditions: Conditions, *names: str) -> Conditions:
@@ -153,6 +178,7 @@ def denoise(
     weights: Float[Array, " passes"],
     negative_text: Float[Array, "B S E"] | None = None,
     compute: Bool[Array, " n"] | None = None,
+    guided: Bool[Array, " n"] | None = None,
     *,
     seen: tuple[Pass, ...],
     keep_keys: bool = False,
@@ -160,7 +186,8 @@ def denoise(
     """Run the whole solver with the passes `seen`.
 
     Other weights, or another schedule of as many steps, compile nothing new. `compute`
-    says in which steps the blocks are run; each pass keeps its own residual.
+    says in which steps the blocks are run; each pass keeps its own residual. In steps
+    that are not `guided` the first pass is the velocity, and alone is run.
     """
     contexts, prepared = {}, {}
     for each in seen:
@@ -178,28 +205,48 @@ def denoise(
         given = contexts[each.negative_text], prepared[each.without]
         return model.run(stream, *given)
 
-    def velocity(x: Array, timestep: Array, computed: Array | None, residuals):
-        stream = start(x, timestep)
+    def choose(
+        guides: Array | None, first: Array, others: Callable[[], Iterable[Array]]
+    ):
+        """Guide by the other velocities, made for it, or take the first as it is."""
+        if guides is None:
+            return guide([first, *others()], weights)
+        return jax.lax.cond(
+            guides,
+            lambda: guide([first, *others()], weights),
+            lambda: first.astype(jnp.float32),
+        )
+
+    def velocity(x: Array, timestep: Array, now: tuple, residuals):
+        stream, (computed, guides) = start(x, timestep), now
+
+        def made(each: Pass) -> Array:
+            return model.finish(stream, run(stream, each))
+
         if computed is None:
-            made = [model.finish(stream, run(stream, each)) for each in seen]
-            return guide(made, weights), residuals
+            others = functools.partial(map, made, seen[1:])
+            return choose(guides, made(seen[0]), others), residuals
+        also = computed if guides is None else computed & guides
         residuals = tuple(
             jax.lax.cond(
-                computed,
+                wanted,
                 lambda each=each: run(stream, each) - stream.x,
                 lambda last=last: last,
             )
-            for each, last in zip(seen, residuals, strict=True)
+            for wanted, each, last in zip(
+                (computed, *(also,) * (len(seen) - 1)), seen, residuals, strict=True
+            )
         )
-        made = [model.finish(stream, stream.x + residual) for residual in residuals]
-        return guide(made, weights), residuals
+        first, *rest = (model.finish(stream, stream.x + r) for r in residuals)
+        return choose(guides, first, lambda: rest), residuals
 
     residuals = None
     if compute is not None:
         x = jax.eval_shape(lambda x, t: start(x, t).x, noise, steps.timestep[0])
         empty = shard(jnp.zeros(x.shape, x.dtype), "batch", "tokens", None)
         residuals = (empty,) * len(seen)
-    return unipc.solve_with(velocity, noise, steps, compute, residuals)[0]
+    now = (compute, guided)
+    return unipc.solve_with(velocity, noise, steps, now, residuals)[0]
 
 
 def _start(model: WanDiT, conditions: Conditions, x: Array, timestep: Array) -> Stream:

@@ -134,6 +134,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.sample.shift = 3.0
     config.sample.guidance = "joint"
     config.sample.scales = (5.0,)  # assumed
+    config.sample.guided = (0.0, 1.0)  # from this share of the steps to that
     config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.keep_keys = False  # 26.8 GB for 3 % of the time

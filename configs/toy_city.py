@@ -124,6 +124,7 @@ def _gpu() -> ConfigDict:
     config.sample.shift = 3.0
     config.sample.guidance = "none"  # scale 1 was best for PSNR
     config.sample.scales = ()
+    config.sample.guided = (0.0, 1.0)  # from this share of the steps to that
     config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.keep_keys = True

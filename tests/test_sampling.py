@@ -94,10 +94,13 @@ def both_velocities(model, conditions, x, timestep, residuals=None):
     return [model.finish(stream, stream.x + r) for r in residuals], residuals
 
 
-def slow_loop(model, conditions, noise, scale: float, repeated=()) -> np.ndarray:
+def slow_loop(
+    model, conditions, noise, scale: float, repeated=(), unguided=()
+) -> np.ndarray:
     """The equations at the top of diffusion/unipc.py, step by step in float64.
 
-    The steps `repeated` add what the blocks added the step before.
+    The steps `repeated` add what the blocks added the step before; those `unguided`
+    take the velocity with all conditions.
     """
     residuals = None
     steps = unipc.make_steps(STEPS, 3.0)
@@ -108,7 +111,8 @@ def slow_loop(model, conditions, noise, scale: float, repeated=()) -> np.ndarray
         again = residuals if i in repeated else None
         (full, neither), residuals = both_velocities(*now, again)
         full, neither = np.asarray(full, np.float64), np.asarray(neither, np.float64)
-        velocity = neither + scale * (full - neither)
+        guidance = 1.0 if i in unguided else scale
+        velocity = neither + guidance * (full - neither)
         data = x - steps.sigma[i] * velocity
         a, b = steps.corrector[i], steps.predictor[i]
         corrected = a[0] * corrected + a[1] * before + a[2] * last + a[3] * data
@@ -196,6 +200,44 @@ def test_repeated_steps_add_the_last_residual_again(model, conditions, noise):
     assert denoise._cache_size() == compiled
 
 
+@pytest.mark.parametrize("repeated", [(), (1,)])
+def test_guidance_is_that_of_the_guided_steps_alone(model, conditions, noise, repeated):
+    """Whether or not the blocks are run in all; and another stretch compiles nothing.
+
+    Tolerance 1e-5 relative L2, as for the exact sampler.
+    """
+    compute = tuple(i not in repeated for i in range(STEPS)) if repeated else None
+    cached = dataclasses.replace(JOINT, compute=compute)
+    sizes = []
+    for unguided in ((2,), (1, 2)):
+        guided = tuple(i not in unguided for i in range(STEPS))
+        made = dataclasses.replace(cached, guided=guided)(model, conditions, noise)
+        kinds = dict(repeated=repeated, unguided=unguided)
+        expected = slow_loop(model, conditions, noise, 2.5, **kinds)
+        assert np.linalg.norm(made - expected) < 1e-5 * np.linalg.norm(expected)
+        sizes.append(denoise._cache_size())
+    assert sizes[0] == sizes[1]
+
+
+def test_a_stretch_of_guided_steps_is_read_off_a_config():
+    """Where guidance returns, the other passes have no fresh residual to repeat."""
+    sample = ConfigDict(
+        dict(num_steps=10, shift=3, guidance="joint", scales=[2], keep_keys=False)
+        | dict(preset="draft", ratios=(), guided=(0.0, 0.6))
+    )
+    assert sum(read_sampler(sample).guided) == 6
+    compute = read_sampler(sample).compute
+    sample.guided = (0.0, 1.0)
+    assert read_sampler(sample).guided is None
+    assert read_sampler(sample).compute == compute
+    off = [step for step, runs in enumerate(compute) if not runs][-1]
+    sample.guided = (off / 10, 1.0)
+    assert read_sampler(sample).compute[off]
+    sample.guided = (0.5, 0.5)
+    with pytest.raises(ValueError, match="shares of the steps at which guidance"):
+        read_sampler(sample)
+
+
 def test_a_schedule_for_another_number_of_steps_is_refused():
     with pytest.raises(ValueError, match="2 steps are said to be .* of 3"):
         dataclasses.replace(JOINT, compute=(True, False))
@@ -260,7 +302,7 @@ def test_text_guidance_asks_for_the_negative_prompt(model, conditions, noise):
 def test_sampler_is_read_off_a_config():
     sample = ConfigDict(
         dict(num_steps=7, shift=3, guidance="geo", scales=[2], keep_keys=True)
-        | dict(preset="final", ratios=())
+        | dict(preset="final", ratios=(), guided=(0.0, 1.0))
     )
     assert read_sampler(sample) == Sampler(7, 3.0, "geo", (2.0,), keep_keys=True)
     assert "geo" in read_sampler(sample, ("geo",)).passes()[0][1].without

@@ -111,6 +111,7 @@ MEANINGS = {
     "sample.rules.heads": "... along the heads",
     "sample.rules.mlp": "... along the inner width of the MLPs",
     "sample.keep_keys": "make the keys of all conditions once a clip: memory for time",
+    "sample.guided": "shares of the steps at which guidance begins and ends",
     "sample.preset": "final computes every step, standard and draft repeat some",
     "sample.ratios": "of residuals, by tools/calibrate_cache.py; empty: Wan 2.1's",
     "sample.spacing_m": "metres between two frames of a drawn path",

@@ -25,7 +25,7 @@ from cityrag_jax.request import Order
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 # What a line may change of config.sample: nothing that another model or mesh needs.
 SAMPLE = (
-    *("num_steps", "shift", "guidance", "scales", "preset", "ratios"),
+    *("num_steps", "shift", "guidance", "scales", "guided", "preset", "ratios"),
     *("spacing_m", "radius_m", "fps"),
 )
 FILES = ("image", "path", "text")
