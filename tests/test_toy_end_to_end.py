@@ -18,6 +18,8 @@ from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 from cityrag_jax.training.log import read_metrics
 
+pytestmark = pytest.mark.long
+
 HEIGHT, FRAMES = 128, 9
 
 

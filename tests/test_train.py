@@ -57,14 +57,11 @@ from cityrag_jax.training.tasks import describe_model, make_task, swap_condition
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A city and an autoencoder; compiled programs are shared by the runs below."""
+    """A city and an autoencoder."""
     folder = tmp_path_factory.mktemp("train")
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     training_city.build_city(folder / "city")
     training_city.save_vae(folder / "vae")
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
+    return folder
 
 
 @pytest.fixture(scope="module")
