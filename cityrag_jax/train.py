@@ -356,7 +356,7 @@ COMMAND.switch("--trust", TRUST)
 
 def main(given: argparse.Namespace) -> int:
     """Run the command line; give 0, or what a signal makes of it."""
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
+    logging.set_verbosity(logging.FATAL)  # Orbax reports what we say ourselves
     keep_compilations()
     initialise(given.distributed)
     trust(given.trust)

@@ -203,7 +203,7 @@ def _kill_a_data_worker(process, workdir):
             r"step \d+ could not be written \(File too large\); .*ulimit",
             {},
         ),
-        (_remove_checkpoints, r"could not be written \(No such file .* is gone", {}),
+        (_remove_checkpoints, r"could not be written \(No such file .*is gone", {}),
         (_kill_a_data_worker, "worker ended .* data.workers", dict(data__workers=1)),
     ],
     ids=["full", "gone", "worker"],

@@ -189,6 +189,10 @@ class TrainingCheckpoints:
         text = json.dumps(record | {DIGEST: digest_json(record)})
         nonempty = {group: arrays for group, arrays in items.items() if arrays}
         self._pending_step = step
+        if not self.folder.is_dir():  # Orbax would make it anew, without the others
+            raise self._not_written(
+                OSError(f"No such file or directory: {self.folder}")
+            )
         try:
             saving = self._checkpointer.save_checkpointables_async(
                 step, nonempty | {"notes": {"json": text}}
