@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEMO := out/demo
 TORCH := torch==2.13.0
 # The compiler for TPUs that jax asks for. Aside, or every run here would look for TPUs.
@@ -34,13 +35,13 @@ demo: .venv/installed
 	$(RUN) -m cityrag_jax.demo --out=$(DEMO)
 
 test: .venv/installed-tests
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-long: .venv/installed-tests
-	$(RUN) -m pytest -n 2 --dist loadfile -m long
+	$(PYTEST) -m long
 
 test-faults: .venv/installed-tests
-	$(RUN) -m pytest -n 2 --dist loadfile -m faults
+	$(PYTEST) -m faults
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv out .pytest_cache

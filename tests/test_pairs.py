@@ -267,3 +267,46 @@ def test_training_keeps_away_from_held_out_streets():
     assert as_set(far.evaluation) == as_set(near.evaluation)
     assert place[near.training.start_a + 19].max() > 125
     assert 20 < place[far.training.start_a + 19].max() < 41
+
+
+def there_and_back(east, lane, num=120):
+    """A drive up a street in its lane and, three metres to the left, down again."""
+    up = synthetic.line([east, 0, 2], 0, num)
+    return np.concatenate([up, synthetic.line([east - lane, num / 2, 2], 180, num)])
+
+
+def test_a_drive_that_comes_back_loses_no_pair():
+    """What people record: up the street and down again, on two days."""
+    one_way = [d[:120] for d in (there_and_back(0, 3), there_and_back(1.4, 3))]
+    alone = mining.mine_pairs(synthetic.columns(one_way), "up", SMALL)
+    both = [there_and_back(0, 3), there_and_back(1.4, 3)]
+    found = mining.mine_pairs(synthetic.columns(both), "both", SMALL)
+    up = found.start_a % 240 <= 100
+    assert up.sum() >= len(alone) and len(found) >= 1.9 * len(alone)
+    assert (found.start_b[up] % 240 < 120).all()  # never the way back
+    # Nor where the other day drove between the two lanes.
+    middle = [there_and_back(0, 3), there_and_back(-1.5, 0.2)]
+    between = mining.mine_pairs(synthetic.columns(middle), "between", SMALL)
+    assert len(between) >= 1.8 * len(alone)
+
+
+def test_every_pass_of_a_drive_is_a_pair():
+    """A second lap beside the first, on one drive: each window has both."""
+    lap = synthetic.line([0, 0, 2], 0, 100)
+    again = synthetic.line([2.5, 0, 2], 0, 100)
+    around = [
+        synthetic.line([0, 50, 2], 90, 160),
+        synthetic.line([80, 50, 2], 180, 100),
+        synthetic.line([80, 0, 2], 270, 155),
+    ]
+    twice = np.concatenate([lap, *around, again])
+    single = synthetic.line([1.2, 0, 2], 0, 100)
+    found = mining.mine_pairs(synthetic.columns([single, twice]), "laps", SMALL)
+    of_single = found.select(found.drive_a == 0)
+    second = of_single.start_b >= 100 + len(twice) - 100
+    assert second.sum() == (~second).sum() >= 12
+    assert set(of_single.start_a[second]) == set(of_single.start_a[~second])
+    config = dataclasses.replace(SMALL, every_pass=False)
+    assert len(mining.mine_pairs(synthetic.columns([single, twice]), "x", config)) < (
+        len(found)
+    )

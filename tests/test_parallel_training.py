@@ -152,7 +152,7 @@ OVER_BOTH = ("fsdp", "sequence")
         ((1, 8, 1), OVER_FSDP, 1),
         pytest.param((1, 1, 8), OVER_FSDP, 1, marks=pytest.mark.long),
         pytest.param((1, 1, 8), OVER_BOTH, 1, marks=pytest.mark.long),
-        ((2, 2, 2), OVER_FSDP, 1),
+        pytest.param((2, 2, 2), OVER_FSDP, 1, marks=pytest.mark.long),
         ((2, 2, 2), OVER_BOTH, 2),
     ],
 )

@@ -24,6 +24,7 @@ LICENCE = "CC0-1.0"
 ATTRIBUTION = "rendered by cityrag_jax"
 RENDER_AT_ONCE = 64
 BUFFER_M = 100.0
+TOY_LIMITS = {"buffer_m": 0.0, "every_pass": False}
 
 # What `tools/build_city.py --preset` changes of a toy city's plan.
 PRESETS = {
@@ -49,7 +50,7 @@ def build_toy_city(
     held_out_fraction: float = 0.25,
     quality: int = 90,
     overwrite: bool = False,
-    **limits: float,
+    **limits: float | int,
 ) -> City:
     """Render a toy city's panoramas, write them as a city, mine pairs of its drives.
 
@@ -64,6 +65,7 @@ def build_toy_city(
     )
     captures = columns_of(made, anchor)
     # Before the long part: a city without pairs is of no use.
+    limits = {**TOY_LIMITS, **limits}
     rules = pair_config(num_frames, held_out_fraction, **limits)
     pairs = mine_pairs(captures, config.name, rules)
     bar = tqdm.tqdm(total=len(captures), desc=f"rendering {config.name}", unit="pano")
@@ -80,7 +82,7 @@ def mine_city(
     folder: str | Path,
     num_frames: int = 73,
     held_out_fraction: float = 0.1,
-    **limits: float,
+    **limits: float | int,
 ) -> Pairs:
     """Mine the pairs of a city on disk, again or for the first time.
 
@@ -88,8 +90,8 @@ def mine_city(
     out, but in toy cities, whose neighbourhoods lie apart.
     """
     opened = City(folder)
-    buffer_m = 0.0 if "toy_city" in opened.header.generator else BUFFER_M
-    limits = {"buffer_m": buffer_m, **limits}
+    is_toy = "toy_city" in opened.header.generator
+    limits = {**(TOY_LIMITS if is_toy else {"buffer_m": BUFFER_M}), **limits}
     config = pair_config(num_frames, held_out_fraction, **limits)
     pairs = mine_pairs(opened.captures, opened.name, config)
     save_pairs(opened.folder, pairs)
@@ -97,7 +99,7 @@ def mine_city(
 
 
 def pair_config(
-    num_frames: int, held_out_fraction: float, **limits: float
+    num_frames: int, held_out_fraction: float, **limits: float | int
 ) -> PairConfig:
     """Scale the paper's 73 frames and 61 condition frames to another length."""
     kinds = {

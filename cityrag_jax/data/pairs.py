@@ -3,8 +3,9 @@
 A pair is a window of `num_frames` consecutive captures of drive a, and the capture of
 drive b nearest to its first place, such that b follows the window: mean distance below
 `max_mean_distance_m`, the same direction, and progress along b that never turns back.
-The mean runs over the window's captures, each to the nearest capture of b, as seen on a
-map: satellites err more in height, by an offset that is a pair of drives' own.
+The mean runs over the window's captures, each to the nearest capture of b, or of that
+pass of b where it comes along more than once. Nearness is that of a map: satellites err
+more in height, by an offset that is a pair of drives' own.
 
 Neighbourhoods can be held out for evaluation: their pairs are marked, and no training
 pair shows a capture of theirs or one near to theirs. Pairs are ordered: (a, b) and
@@ -20,8 +21,11 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
 from cityrag_jax.data.captures import Captures, read_columns
-from cityrag_jax.geo.ecef import drop_to_ellipsoid
-from cityrag_jax.geo.retrieval import build_tree, drive_edges
+from cityrag_jax.geo.following import Track, follow_drive, follow_pass, make_track
+from cityrag_jax.geo.retrieval import build_tree
+
+AGAINST = -0.5  # the cosine of two courses, of which one goes the other way
+JUMPS = 4  # distances; matches that are farther apart are of two passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,9 @@ class PairConfig:
     Neither drive may go back by more than `max_back_m` of noise, or leap by more than
     `max_step_m`. Heights of two drives may differ by an offset of `max_offset_m` (a
     bridge is higher), and otherwise by `max_height_m` on average. Training keeps
-    `buffer_m` away from what is held out. All these are *assumed*.
+    `buffer_m` away from what is held out. All these are *assumed*. `every_pass` tells
+    the passes of a drive apart; without, a drive is one, as toy cities were mined for
+    the figures that are published of them.
     """
 
     num_frames: int = 73
@@ -49,6 +55,7 @@ class PairConfig:
     max_offset_m: float = 15.0
     max_height_m: float = 3.0
     buffer_m: float = 0.0
+    every_pass: bool = True
     held_out: tuple[int, ...] | None = None
     held_out_fraction: float = 0.1
     seed: int = 0
@@ -136,16 +143,17 @@ def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
     Raises ValueError with the parameters tried and the nearest miss if there are none.
     """
     chosen = choose_held_out(captures.neighbourhood, name, config)
-    track = _track(captures, config.max_step_m)
+    track = make_track(captures.ecef_from_camera, captures.drive, config.max_step_m)
     starts = _window_starts(track.edges, config)
-    window, drive = _candidates(captures, track, starts, config)
+    window, anchor = _candidates(captures, track, starts, config)
+    drive = captures.drive[anchor]
     order = np.argsort(drive, kind="stable")
     found, misses = [], []
     for group in np.split(order, np.flatnonzero(np.diff(drive[order])) + 1):
         if len(group) == 0:
             continue
         first = starts[window[group]]
-        match, distance_m = _follow(track, first, int(drive[group[0]]), config)
+        match, distance_m = _follow(track, first, anchor[group], config)
         fits = _fits(track, first, match, config)
         fits[fits] = _same_level(track, first[fits], match[fits], config)
         near = distance_m <= config.max_mean_distance_m
@@ -156,7 +164,8 @@ def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
     if len(start_a) == 0:
         reason = _why_none(config, len(starts), len(window), misses)
         raise ValueError(f"{name} has no pairs: {reason}")
-    order = np.lexsort([start_b, start_a])
+    # In order; two passes that meet at a start are one pair.
+    _, order = np.unique(np.stack([start_a, start_b]), axis=1, return_index=True)
     start_a, start_b = (s[order].astype(np.int64) for s in (start_a, start_b))
     held_out, clean = _hold_out(captures, track, chosen, start_a, start_b, config)
     pairs = Pairs(
@@ -172,42 +181,6 @@ def mine_pairs(captures: Captures, name: str, config: PairConfig) -> Pairs:
     return pairs.select(clean)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Track:
-    """Places and heights of captures, and how they were driven through.
-
-    Positions lie on the ellipsoid, from the city's middle. `leaps` counts the steps
-    longer than is allowed up to each capture.
-    """
-
-    position_m: Float64[np.ndarray, "N 3"]
-    height_m: Float64[np.ndarray, " N"]
-    leaps: Int64[np.ndarray, " N"]
-    along_m: Float64[np.ndarray, " N"]
-    direction: Float64[np.ndarray, "N 3"]
-    edges: Int64[np.ndarray, " D"]
-
-
-def _track(captures: Captures, max_step_m: float) -> _Track:
-    below_m, height_m = drop_to_ellipsoid(captures.ecef_from_camera[:, :3, 3])
-    position_m = below_m - below_m.mean(0)
-    edges = drive_edges(captures.drive)
-    steps = np.diff(position_m, axis=0, prepend=position_m[:1])
-    steps[edges[:-1]] = 0
-    # Five captures ahead and behind, within the drive: noise must not turn it.
-    lengths = np.diff(edges)
-    low, high = np.repeat(edges[:-1], lengths), np.repeat(edges[1:] - 1, lengths)
-    index = np.arange(len(position_m))
-    ahead = position_m[np.minimum(index + 5, high)]
-    moved = ahead - position_m[np.maximum(index - 5, low)]
-    length_m = np.linalg.norm(moved, axis=1, keepdims=True)
-    direction = np.where(length_m > 0.1, moved / np.maximum(length_m, 0.1), 0)
-    leaps = np.cumsum(np.linalg.norm(steps, axis=1) > max_step_m)
-    # Counted along the course: noise of the places does not lengthen the way.
-    along_m = np.cumsum(np.einsum("nk,nk->n", steps, direction))
-    return _Track(position_m, height_m, leaps, along_m, direction, edges)
-
-
 def _window_starts(
     edges: Int64[np.ndarray, " D"], config: PairConfig
 ) -> Int64[np.ndarray, " W"]:
@@ -220,14 +193,15 @@ def _window_starts(
 
 def _candidates(
     captures: Captures,
-    track: _Track,
+    track: Track,
     starts: Int64[np.ndarray, " W"],
     config: PairConfig,
 ) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
-    """List (window, place of the drive in the order of drives) that may be pairs.
+    """List (window, capture of another drive near its start) that may be pairs.
 
-    Drives are thinned to a capture every half of the distance, which finds the same
-    drives with a small fraction of the neighbours.
+    One for each pass of a drive that does not go the other way. Drives are thinned to
+    a capture every half of the distance, which finds the same passes with a small
+    fraction of the neighbours.
     """
     reach_m = config.max_mean_distance_m
     bucket = np.floor(track.along_m / (reach_m / 2)).astype(np.int64)
@@ -241,27 +215,51 @@ def _candidates(
     capture = thin[np.concatenate([*near, []]).astype(np.int64)]
     gap_s = np.abs(captures.time_s[starts[window]] - captures.time_s[capture])
     other = captures.drive[starts[window]] != captures.drive[capture]
-    kept = other & (gap_s >= config.min_gap_s)
-    order = np.searchsorted(track.edges, capture[kept], "right") - 1
-    key = np.unique(window[kept] * len(track.edges) + order)
-    return key // len(track.edges), key % len(track.edges)
+    facing = np.einsum(
+        "ck,ck->c", track.direction[starts[window]], track.direction[capture]
+    )
+    kept = np.flatnonzero(other & (gap_s >= config.min_gap_s) & (facing > AGAINST))
+    kept = kept[np.lexsort([capture[kept], window[kept]])]
+    window, capture = window[kept], capture[kept]
+    begins = (np.diff(window) != 0) | (np.diff(captures.drive[capture]) != 0)
+    if config.every_pass:
+        begins |= np.diff(track.along_m[capture]) > 2 * reach_m
+    run = np.concatenate([[0], np.cumsum(begins)])[: len(window)]
+    steps_m = track.position_m[starts[window]] - track.position_m[capture]
+    order = np.lexsort([np.linalg.norm(steps_m, axis=1), run])
+    _, first = np.unique(run[order], return_index=True)
+    return window[order[first]], capture[order[first]]
 
 
 def _follow(
-    track: _Track, first: Int64[np.ndarray, " W"], drive: int, config: PairConfig
+    track: Track,
+    first: Int64[np.ndarray, " W"],
+    anchor: Int64[np.ndarray, " W"],
+    config,
 ) -> tuple[Int64[np.ndarray, "W N"], Float64[np.ndarray, " W"]]:
-    """Match each capture of windows to the nearest of a drive; give mean distances."""
-    low, high = track.edges[drive], track.edges[drive + 1]
+    """Match windows to the drive of their anchors, pass by pass where it comes twice.
+
+    Where a window has two anchors, or its matches jump from one pass to another or go
+    against it, only what the drive does near the anchor counts.
+    """
+    reach_m = config.max_mean_distance_m
+    match, distance_m = follow_drive(track, first, int(anchor[0]), config.num_frames)
+    if not config.every_pass:
+        return match, distance_m
     windows = first[:, None] + np.arange(config.num_frames)[None]
-    asked, where = np.unique(windows, return_inverse=True)
-    tree = build_tree(track.position_m[low:high])
-    distance_m, nearest = tree.query(track.position_m[asked])
-    where = where.reshape(windows.shape)
-    return low + nearest[where], distance_m[where].mean(1)
+    jump_m = np.abs(np.diff(track.along_m[match], axis=1)).max(1, initial=0)
+    facing = np.einsum("wnk,wnk->w", track.direction[windows], track.direction[match])
+    _, where, counts = np.unique(first, return_inverse=True, return_counts=True)
+    again = (counts[where] > 1) | (jump_m > JUMPS * reach_m) | (facing < 0)
+    for row in np.flatnonzero(again).tolist():
+        match[row], distance_m[row] = follow_pass(
+            track, windows[row], int(anchor[row]), reach_m
+        )
+    return match, distance_m
 
 
 def _fits(
-    track: _Track,
+    track: Track,
     first: Int64[np.ndarray, " W"],
     match: Int64[np.ndarray, "W N"],
     config: PairConfig,
@@ -288,7 +286,7 @@ def _fits(
 
 
 def _same_level(
-    track: _Track,
+    track: Track,
     first: Int64[np.ndarray, " W"],
     match: Int64[np.ndarray, "W N"],
     config: PairConfig,
@@ -312,7 +310,7 @@ def _same_level(
 
 def _hold_out(
     captures: Captures,
-    track: _Track,
+    track: Track,
     chosen: Int32[np.ndarray, " H"],
     start_a: Int64[np.ndarray, " P"],
     start_b: Int64[np.ndarray, " P"],

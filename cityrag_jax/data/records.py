@@ -27,6 +27,7 @@ from cityrag_jax.geo import panorama
 VERSION = "1.0.0"
 SHARD = 256  # panoramas a file: 0.8 GB of those 2048 high
 OPENED = 64  # files at once; a process may have 1024
+IN_FLIGHT = 32  # panoramas; one of 4096x2048 pixels takes 25 MB
 PROGRESS = "progress.json"
 
 
@@ -51,12 +52,12 @@ def encode_panorama(
 def map_ahead(
     function: Callable[[Any], Any], items: Iterable[Any], num_threads: int
 ) -> Iterator[Any]:
-    """Compute ahead in threads, in order, with two results a thread in flight."""
-    waiting = collections.deque()
+    """Compute ahead in threads, in order, with a bounded number in flight."""
+    waiting, most = collections.deque(), min(2 * num_threads, IN_FLIGHT)
     with ThreadPoolExecutor(num_threads) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * num_threads:
+            if len(waiting) > most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

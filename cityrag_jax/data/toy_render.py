@@ -341,5 +341,5 @@ def _render(
 
 def _chunk(samples: int) -> int:
     """Choose how many cameras to render at once: what caches or a GPU's memory like."""
-    budget = 1 << (20 if jax.default_backend() == "cpu" else 25)
-    return max(1, min(64, budget // samples))
+    budget, most = (20, 8) if jax.default_backend() == "cpu" else (25, 64)
+    return max(1, min(most, (1 << budget) // samples))

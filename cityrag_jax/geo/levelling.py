@@ -45,12 +45,14 @@ def fit_panorama(
 def _level(panorama: np.ndarray, pitch_rad: float, roll_rad: float) -> np.ndarray:
     height, width, _ = panorama.shape
     per_radian = height / np.pi
-    tilted_from_level = level_from_tilted(pitch_rad, roll_rad).T
-    longitude = (np.arange(width) + 0.5) / per_radian - np.pi
+    # float32 places a pixel of 4096 within a thousandth, in half the time.
+    tilted_from_level = level_from_tilted(pitch_rad, roll_rad).T.astype(np.float32)
+    longitude = ((np.arange(width) + 0.5) / per_radian - np.pi).astype(np.float32)
     padded, level = pad_panorama(panorama), np.empty_like(panorama)
     for first in range(0, height, BAND):
         rows = np.arange(first, min(first + BAND, height))
         depression = (rows[:, None] + 0.5) / per_radian - np.pi / 2
+        depression = depression.astype(np.float32)
         across = np.cos(depression)
         rays = (
             across * np.sin(longitude),
@@ -59,10 +61,11 @@ def _level(panorama: np.ndarray, pitch_rad: float, roll_rad: float) -> np.ndarra
         )
         x, y, z = np.tensordot(tilted_from_level, np.stack(rays), 1)
         # One more, as the padded picture begins a column and a row earlier.
-        columns = (np.arctan2(x, z) + np.pi) * per_radian + 0.5
-        lines = (np.arcsin(np.clip(y, -1, 1)) + np.pi / 2) * per_radian + 0.5
-        maps = columns.astype(np.float32), lines.astype(np.float32)
+        scale = np.float32(per_radian)
+        columns = (np.arctan2(x, z) + np.float32(np.pi)) * scale + np.float32(0.5)
+        lines = np.arcsin(np.clip(y, -1, 1)) + np.float32(np.pi / 2)
+        lines = lines * scale + np.float32(0.5)
         level[rows] = cv2.remap(
-            padded, *maps, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+            padded, columns, lines, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
         )
     return level
