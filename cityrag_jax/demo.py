@@ -5,14 +5,17 @@
 Builds a toy city on disk, takes a photo on a street at a time when nobody drove there,
 draws a path around a corner, retrieves panoramas along it, generates the video with the
 shipped weights, scores it, and trains on for two minutes to show the trainer. With
---train-seconds=0 --photo-seeds=5,6,7,8,9 it scores five days instead.
+--train-seconds=0 --photo-seeds=5,6,7,8,9 it scores five days instead; with
+--train-seconds=0 --path-m=375 the path is a loop of 1,000 frames, scored along it.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ from cityrag_jax.evaluate import DECIMALS, FULL, POSE_ALONE, RECOLOURED, score
 from cityrag_jax.generator import Generator, open_generator
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.grounding import Retrieval
-from cityrag_jax.metrics.image import recolour_condition
+from cityrag_jax.metrics.image import psnr, recolour_condition
 from cityrag_jax.parallel import keep_compilations
 from cityrag_jax.recording import Recording
 from cityrag_jax.request import fit_photo
@@ -48,6 +51,7 @@ from cityrag_jax.training.examples import clip_config
 CONFIG = "configs/toy_city.py:demo"
 WEIGHTS = "configs/toy_city_weights"
 PATH_M = 24.0
+STRETCH = 100  # frames of which a long path is scored
 PHOTO_SCALE = 4
 MADE = "made"  # folder of the generated video
 BEHIND = f"behind {FULL}"
@@ -62,10 +66,19 @@ PLAN = dict(
 )
 
 
-def draw_path(config: toy_city.CityConfig, held_out: int, file: Path) -> None:
+def plan_city(path_m: float) -> toy_city.CityConfig:
+    """Plan a city whose drives are long enough for a path: they go round a block."""
+    # Streets are taken 1.4 times as long as the path: rounded corners are shorter.
+    streets = max(PLAN["route_streets"], math.ceil(1.4 * path_m / PLAN["block_m"]))
+    return toy_city.city("honolulu", **PLAN | {"route_streets": streets})
+
+
+def draw_path(
+    config: toy_city.CityConfig, held_out: int, file: Path, path_m: float = PATH_M
+) -> None:
     """Write the GeoJSON of a path around the sharpest corner of a neighbourhood."""
     corners = [
-        sharpest_corner(drive, PATH_M)
+        sharpest_corner(drive, path_m)
         for drive in toy_city.drives(config)
         if drive.neighbourhood == held_out
     ]
@@ -107,19 +120,37 @@ class Take:
             "truth": self.truth,
         }
 
-    def scores(self) -> dict[str, dict[str, float]]:
-        """Score all frames but the given one, and how far each is behind the first."""
+    def scored(self) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
+        """Give the videos that are scored: made with and without, and the baseline."""
         views, made, blind = self.videos().values()
         views = views[np.minimum(np.arange(len(self.truth)), len(views) - 1)]
         fitted = np.round(255 * recolour_condition(views, self.job.first_frame))
-        videos = {FULL: made, POSE_ALONE: blind}
-        videos[RECOLOURED] = fitted.astype(np.uint8)
+        return {FULL: made, POSE_ALONE: blind, RECOLOURED: fitted.astype(np.uint8)}
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Score all frames but the given one, and how far each is behind the first."""
         rows = {}
-        for way, video in videos.items():
+        for way, video in self.scored().items():
             figures = score(video[None], self.truth[None])
             rows[way] = {name: float(values[0]) for name, values in figures.items()}
             rows[way][BEHIND] = rows[FULL]["PSNR"] - rows[way]["PSNR"]
         return rows
+
+
+def score_along(
+    videos: Mapping[str, UInt8[np.ndarray, "N H W 3"]],
+    truth: UInt8[np.ndarray, "N H W 3"],
+    stretch: int = STRETCH,
+) -> dict[str, dict[str, float]]:
+    """Give the mean PSNR of every stretch of frames, the given one not counted."""
+    ends = [*range(stretch, len(truth), stretch), len(truth)]
+    rows = {}
+    for way, video in videos.items():
+        frames = psnr(video[1:], truth[1:])
+        parts = np.split(frames, np.array(ends[:-1], int) - 1)
+        named = zip(ends, parts, strict=True)
+        rows[way] = {f"to frame {end}": float(part.mean()) for end, part in named}
+    return rows
 
 
 def take_photo(
@@ -174,6 +205,9 @@ COMMAND.takes("--out", type=Path, default=Path("out/demo"), help="folder to writ
 COMMAND.takes("--weights", default=WEIGHTS, help="model folder or workdir")
 COMMAND.takes("--train-seconds", type=float, default=120.0, help="0: do not train on")
 COMMAND.takes(
+    "--path-m", type=float, default=PATH_M, help="length of the path; a long one loops"
+)
+COMMAND.takes(
     "--photo-seeds",
     type=read_seeds,
     default=[CLEAR_DAY],
@@ -193,16 +227,17 @@ def main(given: argparse.Namespace) -> None:
     def say(text: str) -> None:
         print(f"\n[{time.time() - began:4.0f} s] {text}", flush=True)
 
-    folder = out / "city"
+    plan = plan_city(given.path_m)
+    usual = plan.route_streets == PLAN["route_streets"]
+    folder = out / ("city" if usual else f"city_{plan.route_streets}")
     say(f"A city of panoramas with poses on Earth, in {folder}")
-    plan = toy_city.city("honolulu", **PLAN)
     if not (folder / "city.json").exists():
         build_toy_city(plan, folder, height=384, num_frames=config.data.num_frames)
     city = City(folder)
     held_out = int(load_pairs(folder).evaluation.neighbourhood[0])
 
     say("A path around a corner, and a photo taken where it starts, another day")
-    draw_path(plan, held_out, out / "path.geojson")
+    draw_path(plan, held_out, out / "path.geojson", given.path_m)
     poses = read_path(out / "path.geojson", city, float(config.sample.spacing_m))
     generator = open_generator(config, weights, cities=[city])
     rows = {}
@@ -215,6 +250,11 @@ def main(given: argparse.Namespace) -> None:
         rows |= {prefix + way: row for way, row in take.scores().items()}
         table = report.table(rows, "PSNR in dB", DECIMALS)
         report.write_text(out / "table.md", table + "\n")
+        if len(poses) > STRETCH:
+            along = score_along(take.scored(), take.truth)
+            along = report.table(along, f"photo {seed}, PSNR in dB")
+            report.write_text(out / f"along_{seed}.md", along + "\n")
+            print(along)
     print(table)
 
     if given.train_seconds > 0:
