@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8, UInt32
 
 TIME_STRIDE = 4
 SPACE_STRIDE = 8
-PATCH = 2
+PATCH = 2  # latent places along a side of one of Wan's tokens
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -95,7 +95,12 @@ def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, in
     return latent_frames(num_frames), height // SPACE_STRIDE, width // SPACE_STRIDE
 
 
-def token_grid(latents: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Give the token grid of a latent video: (19, 60, 104) gives (19, 30, 52)."""
+def token_grid(
+    latents: tuple[int, int, int], patch: tuple[int, int] = (PATCH, PATCH)
+) -> tuple[int, int, int]:
+    """Give the token grid of a latent video: (19, 60, 104) gives (19, 30, 52).
+
+    `patch` is the height and width of a token in latent places.
+    """
     t, h, w = latents
-    return t, h // PATCH, w // PATCH
+    return t, h // patch[0], w // patch[1]

@@ -13,10 +13,11 @@ Configs are read by attribute: `DiTConfig` and `VAEConfig` fit, nothing is impor
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
-from cityrag_jax.batch import PATCH, TIME_STRIDE, latent_frames
+from cityrag_jax.batch import TIME_STRIDE, latent_frames
 
 IMAGE_TOKENS = 257
 POSE_NUMBERS = 16
@@ -35,6 +36,7 @@ class DiTSizes(Protocol):
     text_dim: int
     text_len: int
     image_dim: int | None
+    patch: tuple[int, int]
 
 
 @runtime_checkable
@@ -99,7 +101,7 @@ def dit(
     `tokens` is the count for one clip. Weights are counted once for the whole batch.
     """
     D, layers = config.dim, config.num_layers
-    rows, patch = batch * tokens, PATCH * PATCH
+    rows, patch = batch * tokens, math.prod(config.patch)
 
     def dense(rows: int, width_in: int, width_out: int) -> Cost:
         return linear(rows, width_in, width_out, itemsize)
@@ -145,7 +147,7 @@ def geo_branch(
     rows, keys = batch * tokens, batch * condition_tokens
     pair = {n: 2 * linear(n, D, D, itemsize) + table(D, itemsize) for n in (rows, keys)}
     softmax = attention(tokens, condition_tokens, D, itemsize)
-    patch = PATCH * PATCH * latent_channels
+    patch = math.prod(config.patch) * latent_channels
     return {
         "patch_embedding": linear(keys, patch, D, itemsize),
         "key_norms": layers * table(2 * D, itemsize),

@@ -282,7 +282,7 @@ def residual_ratios(
         return model.finish(stream, made), (length, ratios.at[step].set(ratio))
 
     num_steps, (_, *grid) = len(steps.timestep), noise.shape[:4]
-    tokens = len(noise), int(np.prod(token_grid(tuple(grid))))
+    tokens = len(noise), int(np.prod(token_grid(tuple(grid), model.config.patch)))
     start = jnp.ones(tokens), jnp.zeros(num_steps)
     order = jnp.arange(num_steps)
     return unipc.solve_with(velocity, noise, steps, order, start)[1][1]

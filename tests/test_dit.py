@@ -127,7 +127,7 @@ def test_intermediates_equal_the_official_ones(name, request):
 
     grid = token_grid(x["latents"].shape[1:4])
     angles = rotary_angles(grid, model.config.head_dim)
-    stream = model.patch_embedding(patchify(jnp.asarray(x["latents"])))
+    stream = model.patch_embedding(patchify(jnp.asarray(x["latents"]), (2, 2)))
     for i in range(model.config.num_layers):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
         if i == 0:
@@ -236,11 +236,11 @@ def test_bfloat16_linears_stay_near_float32(i2v):
 
 def test_patches_go_in_channel_first_and_come_out_channel_last(rng):
     latents = rng.normal(size=(1, 2, 4, 6, 3)).astype(np.float32)
-    tokens = patchify(jnp.asarray(latents))
+    tokens = patchify(jnp.asarray(latents), (2, 2))
     assert tokens.shape == (1, 12, 12)
     np.testing.assert_array_equal(tokens[0, 0, :4], latents[0, 0, :2, :2, 0].ravel())
     last = rearrange(tokens, "B L (C p q) -> B L (p q C)", p=2, q=2)
-    np.testing.assert_array_equal(unpatchify(last, (2, 2, 3)), latents)
+    np.testing.assert_array_equal(unpatchify(last, (2, 2, 3), (2, 2)), latents)
 
 
 def test_wrong_text_and_image_are_refused(t2v, i2v):

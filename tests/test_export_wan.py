@@ -318,13 +318,18 @@ def test_our_own_loader_opens_the_base_in_official_names(bundles, tmp_path):
     assert_same_bits(parameters(load_dit(tmp_path / "out", SMALL)), base)
 
 
-@pytest.fixture(scope="module", params=[20, None], ids=["i2v", "t2v"])
+KINDS = {
+    "i2v": dict(image_dim=20, in_channels=36),
+    "t2v": dict(image_dim=None, in_channels=16),
+    "narrow_tokens": dict(image_dim=None, in_channels=16, patch=(2, 1)),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def exported(request, tmp_path_factory):
-    """A model with an image branch or without, and where it lies in diffusers' names:
-    the base alone, and all of it."""
+    """A model, and where it lies in diffusers' names: the base alone, and all of it."""
     folder = tmp_path_factory.mktemp("exported")
-    channels = 16 if request.param is None else 36
-    config = dataclasses.replace(SMALL, image_dim=request.param, in_channels=channels)
+    config = dataclasses.replace(SMALL, **request.param)
     model = random_model(config)
     bundle = save(model, folder / "in")
     export_checkpoint(bundle, folder / "base", "diffusers", base_only=True)

@@ -19,7 +19,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from cityrag_jax.batch import PATCH
 from cityrag_jax.checkpoint import Arrays, latest_model
 from cityrag_jax.checkpoint.bundles import write_texts
 from cityrag_jax.convert.files import write_checkpoint
@@ -28,7 +27,7 @@ from cityrag_jax.convert.names import (
     NAMINGS,
     Layout,
     NameTable,
-    dit_name,
+    dit_names,
     transformer_names,
 )
 from cityrag_jax.convert.stored import (
@@ -84,7 +83,7 @@ def export_dit(
     config.json.
     """
     stored = merge_adapters(model, in_memory(model))
-    sources = _plan(stored.arrays, dit_name, naming)
+    sources = _plan(stored.arrays, dit_names(model.config.patch), naming)
     write_checkpoint(
         path,
         {name: source.written for name, source in sources.items()},
@@ -117,8 +116,9 @@ def export_checkpoint(
     bundle = _open(checkpoint)
     model, stored = open_transformer(bundle, NAME)
     stored = merge_adapters(model, stored)
-    table = dit_name if base_only else transformer_names(model.branches)
+    table = dit_names(model.config.patch)
     if not base_only:
+        table = transformer_names(model.branches, model.config.patch)
         _refuse_unnamed(stored, table)
     sources = _plan(stored.arrays, table, naming, dtype)
     parts = _summary(sources)
@@ -333,7 +333,7 @@ def _dit_config(config, naming):
         "num_attention_heads": config.num_heads,
         "num_layers": config.num_layers,
         "out_channels": config.out_channels,
-        "patch_size": [1, PATCH, PATCH],
+        "patch_size": [1, *config.patch],
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
         "text_dim": config.text_dim,

@@ -112,12 +112,16 @@ def same_name(name: str) -> str:
 VECTOR = Layout("D", "D")
 LINEAR = Layout("o i", "i o")
 MODULATION = Layout("1 S D", "S D")
-# Tokens flatten a patch channel-major; only time, of length 1, has nothing to flatten.
-PATCHES = Layout("D C 1 p q", "(C p q) D", (("p", PATCH), ("q", PATCH)))
 CONV_3D = Layout("o i t y x", "t y x i o")
 CONV_2D = Layout("o i y x", "1 y x i o")
+WAN_PATCH = (PATCH, PATCH)
 # A convolution over whole groups of frames: ours flattens a group frame by frame.
 FRAME_GROUPS = Layout("o i k", "(k i) o", (("k", TIME_STRIDE),))
+
+
+def _patches(patch: tuple[int, int]) -> Layout:
+    """Lay out kernels of patches: time, of length 1, has nothing to flatten."""
+    return Layout("D C 1 p q", "(C p q) D", tuple(zip("pq", patch, strict=True)))
 
 
 def _dit_modules():
@@ -172,18 +176,22 @@ def dit_alias(name: str) -> str | None:
     return None if name.endswith(DIT_IGNORED) else name
 
 
-def dit_name(path: str) -> TorchName | None:
-    """Name a parameter of `WanDiT`; None if Wan has no such parameter (branches)."""
-    if path in DIT_MODULATIONS:
-        return TorchName(*DIT_MODULATIONS[path], MODULATION)
-    module, _, leaf = path.rpartition(".")
-    if module not in DIT_MODULES:
-        return None
-    layout = LINEAR if leaf == "kernel" else VECTOR
-    layout = PATCHES if path == "patch_embedding.kernel" else layout
-    leaf = "bias" if leaf == "bias" else "weight"
-    official, diffusers = DIT_MODULES[module]
-    return TorchName(f"{official}.{leaf}", f"{diffusers}.{leaf}", layout)
+def dit_names(patch: tuple[int, int] = WAN_PATCH) -> NameTable:
+    """Give the table of `WanDiT`; None for what Wan does not have (branches)."""
+
+    def name(path: str) -> TorchName | None:
+        if path in DIT_MODULATIONS:
+            return TorchName(*DIT_MODULATIONS[path], MODULATION)
+        module, _, leaf = path.rpartition(".")
+        if module not in DIT_MODULES:
+            return None
+        layout = LINEAR if leaf == "kernel" else VECTOR
+        layout = _patches(patch) if path == "patch_embedding.kernel" else layout
+        leaf = "bias" if leaf == "bias" else "weight"
+        official, diffusers = DIT_MODULES[module]
+        return TorchName(f"{official}.{leaf}", f"{diffusers}.{leaf}", layout)
+
+    return name
 
 
 def _geo_modules():
@@ -204,17 +212,19 @@ BRANCH_MODULES = {
         "projection": "pose.out.{i}",
     },
 }
-BRANCH_CONVOLUTIONS = {
-    "geo.patch_embedding.weight": PATCHES,
-    "pose.conv.weight": FRAME_GROUPS,
-}
 
 
-def branch_names(branches: Sequence[Any]) -> NameTable:
+def branch_names(
+    branches: Sequence[Any], patch: tuple[int, int] = WAN_PATCH
+) -> NameTable:
     """Give the table of a `WanDiT`'s `branches.*`, from its branches or their classes.
 
     None for all other parameters, and for those of branches that are not CityRAG's.
     """
+    convolutions = {
+        "geo.patch_embedding.weight": _patches(patch),
+        "pose.conv.weight": FRAME_GROUPS,
+    }
     classes = [b if isinstance(b, type) else type(b) for b in branches]
 
     def name(path: str) -> TorchName | None:
@@ -228,18 +238,20 @@ def branch_names(branches: Sequence[Any]) -> NameTable:
             return None
         theirs = f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
         layout = LINEAR if leaf == "kernel" else VECTOR
-        layout = BRANCH_CONVOLUTIONS.get(theirs, layout)
+        layout = convolutions.get(theirs, layout)
         return TorchName(theirs, theirs, layout)
 
     return name
 
 
-def transformer_names(branches: Sequence[Any] = ()) -> NameTable:
+def transformer_names(
+    branches: Sequence[Any] = (), patch: tuple[int, int] = WAN_PATCH
+) -> NameTable:
     """Give the table of a whole `WanDiT`: Wan's own parameters and its branches'."""
-    of_branches = branch_names(branches)
+    of_wan, of_branches = dit_names(patch), branch_names(branches, patch)
 
     def name(path: str) -> TorchName | None:
-        return dit_name(path) or of_branches(path)
+        return of_wan(path) or of_branches(path)
 
     return name
 

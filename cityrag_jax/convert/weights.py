@@ -19,7 +19,7 @@ from cityrag_jax.convert.names import (
     clip_alias,
     clip_names,
     dit_alias,
-    dit_name,
+    dit_names,
     same_name,
     umt5_alias,
     umt5_name,
@@ -45,7 +45,8 @@ def load_dit(
     `dtype`; with a mesh the parameters lie on it as `parallel.py` says. Raises
     ValueError naming every tensor that is missing, unexpected or of a wrong shape.
     """
-    return _load(path, _builder(WanDiT, config, dtype), dit_name, mesh, dit_alias)
+    table = dit_names(config.patch)
+    return _load(path, _builder(WanDiT, config, dtype), table, mesh, dit_alias)
 
 
 def load_vae(

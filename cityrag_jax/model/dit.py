@@ -6,12 +6,12 @@ Source: Wan-Video/Wan2.1, wan/modules/model.py.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -52,6 +52,8 @@ REMAT_NAMES = ("self_attention", "geo_attention", BLOCK_INPUT)
 class DiTConfig:
     """Sizes of a Wan transformer; `image_dim` None means no image cross-attention.
 
+    A token is `patch` latent places high and wide: Wan's 2x2 are 16x16 pixels.
+
     `dtype` is the arithmetic of linears and attention, `param_dtype` that of stored
     parameters, `stream_dtype` what the residual stream is kept in between its sums:
     float32 as in the official code, or half of that memory and traffic. `unroll`
@@ -71,6 +73,7 @@ class DiTConfig:
     ffn_dim: int
     in_channels: int
     out_channels: int = 16
+    patch: tuple[int, int] = (PATCH, PATCH)
     freq_dim: int = 256
     text_dim: int = 4096
     text_len: int = 512
@@ -273,7 +276,7 @@ class Head(nnx.Module):
         self.modulation = _modulation_table(2, config, rngs)
         self.linear = Linear(
             config.dim,
-            PATCH * PATCH * config.out_channels,
+            math.prod(config.patch) * config.out_channels,
             axes=("embed", None),
             dtype=jnp.float32,
             param_dtype=config.param_dtype,
@@ -313,7 +316,7 @@ class WanDiT(nnx.Module):
         kinds = dict(dtype=c.dtype, param_dtype=c.param_dtype, rngs=rngs)
         float32 = dict(kinds, dtype=jnp.float32)
         self.patch_embedding = Linear(
-            PATCH * PATCH * c.in_channels, c.dim, axes=(None, "embed"), **kinds
+            math.prod(c.patch) * c.in_channels, c.dim, axes=(None, "embed"), **kinds
         )
         self.text_embedding = MLP(
             (c.text_dim, c.dim, c.dim), gelu_tanh, init=SMALL_NORMAL, **kinds
@@ -390,8 +393,10 @@ class WanDiT(nnx.Module):
     ) -> Stream:
         """Embed latents and times: what a step cache computes in every step."""
         time, time6 = self.embed_time(timesteps)
-        shape = token_grid(latents.shape[1:4])
-        x = self.patch_embedding(patchify(latents)).astype(self.config.stream_dtype)
+        patch = self.config.patch
+        shape = token_grid(latents.shape[1:4], patch)
+        x = self.patch_embedding(patchify(latents, patch))
+        x = x.astype(self.config.stream_dtype)
         x, angles, length = pad_tokens(x, rotary_angles(shape, self.config.head_dim))
         x = shard(x, "batch", "tokens", None)
         return Stream(x, time, time6, TokenGrid(shape, angles, length))
@@ -401,7 +406,8 @@ class WanDiT(nnx.Module):
     ) -> Float[Array, "B t h w O"]:
         """Make the velocity of what the blocks made of the tokens."""
         shape = stream.grid.shape
-        return unpatchify(self.head(x, stream.time)[:, : int(np.prod(shape))], shape)
+        patches = self.head(x, stream.time)[:, : math.prod(shape)]
+        return unpatchify(patches, shape, self.config.patch)
 
     def embed_time(
         self, timesteps: Float[Array, " B"]
@@ -470,27 +476,21 @@ class WanDiT(nnx.Module):
         return jax.lax.scan(step, stream.x, stacks, unroll=self.config.unroll)[0]
 
 
-def patchify(latents: Float[Array, "B t h w C"]) -> Float[Array, "B L P"]:
-    """Cut into 1x2x2 patches, flattened channel first; tokens run t, h, w."""
-    return rearrange(
-        latents, "B t (h p) (w q) C -> B (t h w) (C p q)", p=PATCH, q=PATCH
-    )
+def patchify(
+    latents: Float[Array, "B t h w C"], patch: tuple[int, int]
+) -> Float[Array, "B L P"]:
+    """Cut into patches, flattened channel first; tokens run t, h, w."""
+    p, q = patch
+    return rearrange(latents, "B t (h p) (w q) C -> B (t h w) (C p q)", p=p, q=q)
 
 
 def unpatchify(
-    tokens: Float[Array, "B L P"], grid: tuple[int, int, int]
+    tokens: Float[Array, "B L P"], grid: tuple[int, int, int], patch: tuple[int, int]
 ) -> Float[Array, "B t h w C"]:
     """Put the head's patches together; here the channel is the fastest axis."""
-    t, h, w = grid
-    return rearrange(
-        tokens,
-        "B (t h w) (p q C) -> B t (h p) (w q) C",
-        t=t,
-        h=h,
-        w=w,
-        p=PATCH,
-        q=PATCH,
-    )
+    (t, h, w), (p, q) = grid, patch
+    order = "B (t h w) (p q C) -> B t (h p) (w q) C"
+    return rearrange(tokens, order, t=t, h=h, w=w, p=p, q=q)
 
 
 def pad_tokens(

@@ -10,6 +10,7 @@ and gate are *assumed*: the paper says that keys and values of cross-attention l
 are duplicated from the base's self-attention and trained.
 """
 
+import math
 from functools import reduce
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cityrag_jax.batch import PATCH, Conditions, token_grid
+from cityrag_jax.batch import Conditions, token_grid
 from cityrag_jax.model.attention import Keys, RotaryAttention
 from cityrag_jax.model.dit import (
     Branch,
@@ -105,7 +106,7 @@ class GeoBranch(Branch):
         if output not in OUTPUTS:
             raise ValueError(f"model.geo.output is {output!r}; choose of {OUTPUTS}.")
         self.patch_embedding = Linear(
-            PATCH * PATCH * latent_channels,
+            math.prod(config.patch) * latent_channels,
             config.dim,
             axes=(None, "embed"),
             dtype=config.dtype,
@@ -118,14 +119,14 @@ class GeoBranch(Branch):
         for linear in (self.layers.attention.q, self.layers.attention.k):
             bias = linear.bias.get_value()
             linear.bias.set_value(jnp.full_like(bias, same_place_bias))
-        self.head_dim = config.head_dim
+        self.patch, self.head_dim = config.patch, config.head_dim
         self.eps = config.eps
         self.output = output
 
     def prepare(self, conditions: Conditions) -> Prepared:
         """Embed the condition video: tokens, their angles, how many count, `keep`."""
-        shape = token_grid(conditions.geo_latents.shape[1:4])
-        tokens = self.patch_embedding(patchify(conditions.geo_latents))
+        shape = token_grid(conditions.geo_latents.shape[1:4], self.patch)
+        tokens = self.patch_embedding(patchify(conditions.geo_latents, self.patch))
         angles = rotary_angles(shape, self.head_dim)
         tokens, angles, _ = pad_tokens(tokens.astype(jnp.float32), angles)
         length = conditions.geo_length.astype(jnp.int32) * (shape[1] * shape[2])

@@ -64,7 +64,8 @@ def sizes_of(config: ConfigDict) -> Sizes:
     data, model = config.data, model_of(config)
 
     def tokens(frames: int) -> int:
-        return math.prod(token_grid(latent_shape(frames, data.height, data.width)))
+        latents = latent_shape(frames, data.height, data.width)
+        return math.prod(token_grid(latents, model.patch))
 
     video, condition = tokens(data.num_frames), tokens(data.condition_frames[1])
     return Sizes(video, condition, model.dim, model.num_layers)

@@ -78,7 +78,8 @@ def _list_stages(config: ConfigDict, program: Program, length: float) -> list[St
     """List a transformer's stages; conditions have `length` latent frames."""
     sizes, data = read_config(program.task.description), config.data
     batch, layers = config.train.batch_size, sizes.num_layers
-    grid = token_grid(latent_shape(data.num_frames, data.height, data.width))
+    latents = latent_shape(data.num_frames, data.height, data.width)
+    grid = token_grid(latents, sizes.patch)
     tokens, keys = int(np.prod(grid)), round(length * np.prod(grid[1:]))
     base = _operations(flops.dit(sizes, tokens, batch=batch))
     geo = _operations(flops.geo_branch(sizes, tokens, keys, batch=batch))
