@@ -1,6 +1,7 @@
 """The trainer: what it learns, stores, resumes and refuses."""
 
 import json
+import re
 import shutil
 import time
 
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import training_city
+from jax.sharding import NamedSharding, PartitionSpec
 from training_city import get_config
 
 from cityrag_jax import train as trainer
@@ -32,6 +34,7 @@ from cityrag_jax.encode import clip_pixels, to_unit
 from cityrag_jax.generator import Generator
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
 from cityrag_jax.model.dit import DiTConfig, WanDiT
+from cityrag_jax.parallel import batch_axes, layout, make_mesh, place_batch
 from cityrag_jax.sampling import Sampler
 from cityrag_jax.training.checks import check_config, flatten_config
 from cityrag_jax.training.examples import (
@@ -39,6 +42,7 @@ from cityrag_jax.training.examples import (
     Waiting,
     clip_config,
     draw_batch,
+    insert_batch,
     open_cities,
 )
 from cityrag_jax.training.log import TrainingLog, read_metrics
@@ -627,6 +631,36 @@ def test_a_pool_grows_and_then_its_oldest_clips_leave(folder, config):
     late = next(Pool(encode, sources, config, None, 5))
     assert late["clip_id"].reshape(4, 4).tolist() == ids[5]
     assert int(late["count"]) == 16
+
+
+def test_clips_join_a_pool_on_many_devices_without_gathering_it():
+    """Each device keeps its rows; the same pool and the same draws as on one."""
+
+    def run(mesh):
+        def put(x):
+            return place_batch({"x": x}, mesh, len(x))
+
+        rng, pool = np.random.default_rng(0), put(np.zeros((96, 3), np.float32))
+        for place in (0, 1, 2, 1):
+            clips = put(rng.normal(size=(32, 3)).astype(np.float32))
+            pool = insert_batch(pool, clips, np.int32(32 * place))
+        draw = jax.jit(lambda pool, step: draw_batch(pool | {"count": 90}, 0, step, 16))
+        drawn = draw(pool, jnp.int32(3))
+        return np.asarray(pool["x"]), np.asarray(drawn["x"])
+
+    mesh = make_mesh(data=2, fsdp=2, sequence=2)
+    one = run(None)
+    with layout(mesh):
+        many = run(mesh)
+        rows = NamedSharding(mesh, PartitionSpec(batch_axes()))
+        shapes = [
+            {"x": jax.ShapeDtypeStruct((n, 3), "f", sharding=rows)} for n in (96, 32)
+        ]
+        compiled = insert_batch.lower(*shapes, np.int32(0)).compile()
+    np.testing.assert_array_equal(one[0], many[0])
+    np.testing.assert_array_equal(one[1], many[1])
+    gathered = re.findall(r"= f32\[(\d+),3\]\S* all-gather", compiled.as_text())
+    assert gathered == ["32"]
 
 
 def test_updates_in_one_call_are_those_of_as_many_calls():

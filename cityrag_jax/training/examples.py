@@ -195,14 +195,14 @@ class Pool:
         place = self._next % self._places
         count = min(self._next + 1, self._places) * size
         self._examples.pop("count", None)
-        self._examples = _insert(self._examples, batch, np.int32(place * size))
+        self._examples = insert_batch(self._examples, batch, np.int32(place * size))
         self._examples["count"] = np.int32(count)
         self._next += 1
         return self._examples
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(pool: Examples, batch: Examples, row: Int32[Array, ""]) -> Examples:
+def insert_batch(pool: Examples, batch: Examples, row: Int32[Array, ""]) -> Examples:
     """Overwrite the pool from `row` on. Each device takes the rows that it holds.
 
     Left to the partitioner, every device would gather the whole pool.
