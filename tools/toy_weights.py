@@ -29,7 +29,7 @@ COMMAND.takes(
     help="model that both trainings go on from; empty: from scratch",
 )
 COMMAND.takes("--autoencoder-updates", type=int, default=2200, help="of clips of 8")
-COMMAND.takes("--cities", type=int, default=12, help="to train on, a process each")
+COMMAND.takes("--cities", type=int, default=6, help="to train on, a process each")
 COMMAND.takes("--size", choices=("gpu", "test"), default="gpu", help="of everything")
 for part in ("autoencoder", "transformer"):
     COMMAND.takes(
@@ -61,6 +61,11 @@ LARGE = {
 }
 SMALL = {"gpu": ("--neighbourhoods=2", "--route-streets=2", "--routes=1"), "test": ()}
 SCORED = {"gpu": ("--neighbourhoods=2", "--route-streets=6"), "test": ()}
+# What it takes to compile and time the transformer's program: a pool of one batch.
+SHORT = {
+    "gpu": ("--config.train.pool_start=128", "--config.train.max_seconds=10"),
+    "test": ("--config.train.max_seconds=1",),
+}
 SEED = 4000
 GPUS = count_gpus()
 
@@ -94,8 +99,7 @@ class Recipe:
         if not model:
             self.wait(trained)
             model = self.out / "autoencoder"
-        short = ("--config.train.pool_start=32", "--config.train.max_seconds=10")
-        self.wait(self.transformer("compiled", small, model, *short))
+        self.wait(self.transformer("compiled", small, model, *SHORT[given.size]))
         self.wait(trained, *self.rendering)
         self.say(f"Training the transformer: {given.updates} updates.")
         model = self.out / "autoencoder"
