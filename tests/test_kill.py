@@ -204,7 +204,7 @@ def _kill_a_data_worker(process, workdir):
             {},
         ),
         (_remove_checkpoints, r"could not be written \(No such file .*is gone", {}),
-        (_kill_a_data_worker, "worker ended .* data.workers", dict(data__workers=1)),
+        (_kill_a_data_worker, r"worker ended .*data\.workers", dict(data__workers=1)),
     ],
     ids=["full", "gone", "worker"],
 )

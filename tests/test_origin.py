@@ -1,6 +1,7 @@
 """A model, a config and a city that do not belong together are refused at once."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -10,6 +11,7 @@ from cityrag_jax.checkpoint import Bundle, load_bundle
 from cityrag_jax.commands import load_config
 from cityrag_jax.data.store import City
 from cityrag_jax.training.origin import check_cities, check_model, trained_on
+from cityrag_jax.training.tasks import describe_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 WEIGHTS = ROOT / "configs" / "toy_city_weights"
@@ -53,6 +55,17 @@ def test_the_config_of_another_network_is_refused(shipped, name):
     assert "model.transformer.dim: " in str(error.value)
     assert "384 in the model" in str(error.value)
     assert "data.height: " in str(error.value) and "96 when it was" in str(error.value)
+
+
+def test_a_model_written_today_fits_its_config():
+    """Its description went through JSON, which knows no tuples."""
+    config = config_of("toy_city.py")
+    told = json.loads(json.dumps(describe_model(config)))
+    assert told["config"]["patch"] == [2, 2]
+    check_model(config, Bundle({}, {"transformer": told}, None))
+    config.model.transformer.patch = (2, 1)
+    with pytest.raises(ValueError, match=r"patch: \(2, 1\) in the config, \(2, 2\) in"):
+        check_model(config, Bundle({}, {"transformer": told}, None))
 
 
 def test_clips_of_another_size_are_refused_and_arithmetic_is_free(shipped):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cityrag_jax.checkpoint import Bundle
+from cityrag_jax.checkpoint import Bundle, read_config
 from cityrag_jax.data.store import City
 from cityrag_jax.training.tasks import describe_model
 
@@ -68,12 +68,15 @@ def _other_sizes(config: ConfigDict, bundle: Bundle) -> list[str]:
     told = bundle.descriptions.get("transformer")
     if told is None or config.task != "CityRAG":
         return []
-    wanted, found = describe_model(config)["config"], told["config"]
+    wanted, found = read_config(describe_model(config)), read_config(told)
+    values = {
+        name: (getattr(wanted, name), getattr(found, name))
+        for name in sorted(told["config"].keys() - ARITHMETIC)
+    }
     return [
-        f"model.transformer.{name}: {wanted[name]!r} in the config, {found[name]!r} in "
-        "the model"
-        for name in sorted((wanted.keys() & found.keys()) - ARITHMETIC)
-        if wanted[name] != found[name]
+        f"model.transformer.{name}: {ours!r} in the config, {theirs!r} in the model"
+        for name, (ours, theirs) in values.items()
+        if ours != theirs
     ]
 
 
