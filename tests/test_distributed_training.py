@@ -19,8 +19,6 @@ from orbax.checkpoint import v1 as ocp
 from cityrag_jax.checkpoint import latest_model, parameters
 from cityrag_jax.training.log import read_metrics
 
-pytestmark = pytest.mark.long
-
 STEPS = 4
 LIMIT_S = 600
 # Numbers of different device counts come from sums in another order; Muon amplifies
@@ -110,6 +108,7 @@ def alone(folder):
 
 
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (1, 1, 8)])
+@pytest.mark.long
 def test_two_processes_train_as_one(folder, alone, mesh):
     """By 1 x 4 x 2 each holds its own clips, by 1 x 1 x 8 both hold all."""
     name = "x".join(map(str, mesh))
@@ -121,6 +120,7 @@ def test_two_processes_train_as_one(folder, alone, mesh):
     assert [line["step"] for line in read_metrics(folder / name)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_another_number_of_processes_goes_on(folder, alone):
     """From a checkpoint of two processes in one, and from one's in two."""
     for origin, mesh, processes in (("1x4x2", (1, 8, 1), 1), (alone, (2, 2, 2), 2)):
@@ -132,6 +132,7 @@ def test_another_number_of_processes_goes_on(folder, alone):
         assert_same(folder, name, alone)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_all_behind_the_same_step(folder):
     long = dict(train__steps=1000, train__checkpoint_interval=1000)
     running = start(folder, "told", (1, 4, 2), 2, **long, eval__interval=1000)
@@ -146,6 +147,7 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(folder):
     assert "SIGTERM" not in ended[1][1]
 
 
+@pytest.mark.long
 def test_a_second_training_in_a_workdir_is_refused(folder):
     """While the first lives; when it is killed, the next one takes over at once."""
     long = dict(train__steps=100_000, train__checkpoint_interval=100_000)
@@ -172,6 +174,7 @@ def wait_for_step(workdir, step):
         time.sleep(0.05)
 
 
+@pytest.mark.faults
 def test_one_process_killed_or_stuck_ends_all_and_they_go_on_to_the_same_bits(folder):
     """Killed outright, then stopped but alive: named by the others' own watchdog."""
     steps = dict(train__steps=24, eval__interval=24)
@@ -206,6 +209,7 @@ def _notes(workdir, step):
     return ocp.load_checkpointables(path, {"notes": None})["notes"]["json"]
 
 
+@pytest.mark.long
 def test_what_is_missing_for_a_start_in_several_processes_is_named(folder):
     arguments = [*command(folder, "none", (1, 1, 1)), "--distributed"]
     ended = training_city.run_trainer(arguments, folder)
