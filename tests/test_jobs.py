@@ -169,7 +169,7 @@ def test_a_lease_is_one_holders_until_it_is_released(tmp_path):
     ours, theirs = Leases(tmp_path), Leases(tmp_path)
     assert ours.take("a") and not ours.take("a") and ours.holds("a")
     with pytest.MonkeyPatch.context() as patch:  # as another living process sees it
-        patch.setattr(leasing, "_runs", lambda pid: True)
+        patch.setattr(leasing, "is_running", lambda pid: True)
         assert not theirs.take("a") and theirs.take("b")
         assert set(theirs.holders()) == {"a", "b"}
         ours.release("a", settled=False)
@@ -192,7 +192,7 @@ def test_the_lease_of_the_dead_is_taken_over_once(tmp_path, monkeypatch):
     assert not ours.take("a")
     time.sleep(0.25)
     assert ours.take("a") and ours.number("a") == 5
-    monkeypatch.setattr(leasing, "_runs", lambda pid: True)
+    monkeypatch.setattr(leasing, "is_running", lambda pid: True)
     assert not theirs.take("a")
     here = {"host": socket.gethostname(), "pid": 2**22 + 1}
     here["machine"] = leasing._machine()
@@ -281,7 +281,7 @@ def test_who_lost_a_job_leaves_it_to_its_new_holder(city, painted, tmp_path):
         painted.serve = lambda request: paint
         other = JobsFolder(tmp_path, lines, painted.made_by())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(leasing, "_runs", lambda pid: False)
+            patch.setattr(leasing, "is_running", lambda pid: False)
             assert run_jobs(other, [painted], lambda: False)
         return paint(clip, seed)
 

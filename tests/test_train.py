@@ -445,6 +445,19 @@ def test_texture_is_compared_by_amount_not_by_place():
     assert np.isfinite(jax.grad(texture_error)(jnp.zeros_like(video), video)).all()
 
 
+def test_the_autoencoder_learns_and_measures_its_latents(folder):
+    config = get_config(
+        "toy_vae", data__city=str(folder / "city"), train__steps=10, train__pool=8
+    )
+    trainer.train(config, folder / "vae_run")
+    lines = read_metrics(folder / "vae_run")
+    held_out = [line["held_out"] for line in lines if "held_out" in line]
+    assert held_out[-1] < held_out[0]
+    vae = latest_model(folder / "vae_run").modules["vae"]
+    assert vae.config.latent_mean != (0.0,) * 16
+    assert min(vae.config.latent_std) > 0
+
+
 def _task(config):
     return make_task(config, read_start(config))
 

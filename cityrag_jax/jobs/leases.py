@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cityrag_jax.training.lock import is_running
+
 BEAT_S = 5.0
 PATIENCE_S = 60.0
 
@@ -95,7 +97,7 @@ class Leases:
         owner, touched = _read_owner(file)
         if owner.get("released"):
             return True
-        if owner.get("machine") == _machine() and not _runs(owner.get("pid")):
+        if owner.get("machine") == _machine() and not is_running(owner.get("pid")):
             return True
         now = time.monotonic()
         before, since = self._seen.get(file, (None, now))
@@ -147,16 +149,3 @@ def _machine() -> str:
         told.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         told.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(told)
-
-
-def _runs(pid: int | None) -> bool:
-    """Say whether another process of this machine has that number."""
-    if pid is None or pid == os.getpid():  # ours is not among those we hold
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

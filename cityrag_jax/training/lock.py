@@ -74,7 +74,7 @@ def _read_owner(path: Path) -> dict:
 
 
 def _is_alive(path: Path, owner: dict) -> bool:
-    if owner.get("host") == socket.gethostname() and not _runs(owner.get("pid")):
+    if owner.get("host") == socket.gethostname() and not is_running(owner.get("pid")):
         return False
     before, deadline = _touched(path), time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -86,7 +86,7 @@ def _is_alive(path: Path, owner: dict) -> bool:
     return False
 
 
-def _runs(pid: int | None) -> bool:
+def is_running(pid: int | None) -> bool:
     """Say whether another process of this machine has that number."""
     if pid is None or pid == os.getpid():  # a container gives the same to its next one
         return False
