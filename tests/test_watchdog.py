@@ -28,6 +28,12 @@ def test_processes_behind_the_others_are_the_culprits(counts, told):
     assert told in said and "60 s" in said and "goes on from the last" in said
 
 
+def test_who_no_longer_says_anything_is_stuck_though_nobody_is_behind():
+    told = places(8, 8, 7)
+    told[1]["silent"] = True
+    assert "stuck is process 1, doing 8. The" in describe_stuck(told, 60.0)
+
+
 def feed(losses, first, values):
     """One call of so many updates, each of two clips named after its step."""
     values = jnp.asarray(values, jnp.float32)

@@ -2,8 +2,9 @@
 
 JAX notices a process that died. One that hangs (a disk that does not answer, a worker
 without an end) leaves the others waiting inside a collective for ever. So each process
-says in a file of the workdir how far it is, and one that has got no further for the
-limit reads what all say: those behind the others are the culprits.
+says in a file of the workdir how far it is, touched as long as it lives, and one that
+has got no further for the limit reads what all say: the culprits are those that have
+stopped touching theirs, or else those behind the others.
 """
 
 import contextlib
@@ -59,6 +60,8 @@ class Watchdog:
                 told = self._count
                 with contextlib.suppress(OSError):  # is the disk full, a save says so
                     self._tell(told)
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
             if time.monotonic() - self._since > self._limit_s:
                 print(self._verdict(), file=sys.stderr, flush=True)
                 os._exit(STUCK)
@@ -69,17 +72,23 @@ class Watchdog:
         os.replace(temporary, self._file)
 
     def _verdict(self) -> str:
+        """Say who is stuck; times are compared on the file system's own clock."""
+        os.utime(self._file)
+        now = self._file.stat().st_mtime
         places = {jax.process_index(): {"count": self._count, "doing": self._doing}}
         for file in self._folder.glob("*.json"):
             if int(file.stem) < jax.process_count():  # not of a larger training before
-                places.setdefault(int(file.stem), json.loads(file.read_text()))
+                silent = now - file.stat().st_mtime > self._limit_s / 2
+                told = json.loads(file.read_text()) | {"silent": silent}
+                places.setdefault(int(file.stem), told)
         return describe_stuck(places, self._limit_s)
 
 
 def describe_stuck(places: dict[int, dict], limit_s: float) -> str:
-    """Name the processes that are behind all others, with what each of them does."""
+    """Name those that are silent, else those behind all others, and what they do."""
     least = min(place["count"] for place in places.values())
-    behind = {n: p for n, p in sorted(places.items()) if p["count"] == least}
+    silent = {n: p for n, p in sorted(places.items()) if p.get("silent")}
+    behind = silent or {n: p for n, p in sorted(places.items()) if p["count"] == least}
     if len(behind) == len(places):
         culprits = f"all processes, {next(iter(behind.values()))['doing']}"
     else:
