@@ -354,20 +354,20 @@ COMMAND.switch("--distributed", DISTRIBUTED)
 COMMAND.switch("--trust", TRUST)
 
 
-def hush_late_writes(kind: type, error: BaseException, trace) -> None:
-    """Be an excepthook that leaves out what a failed save's own threads print.
+def hush_late_writes(unraisable) -> None:
+    """Be an unraisablehook that leaves out what a failed save's own threads print.
 
-    They go on after the event loop that they report to is closed; the save's error has
-    been said by then.
+    They go on after the event loop that they report to is closed, and TensorStore hands
+    each such report here; the save's error has been said by then.
     """
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def main(given: argparse.Namespace) -> int:
     """Run the command line; give 0, or what a signal makes of it."""
     logging.set_verbosity(logging.FATAL)  # Orbax reports what we say ourselves
-    sys.excepthook = hush_late_writes
+    sys.unraisablehook = hush_late_writes
     keep_compilations()
     initialise(given.distributed)
     trust(given.trust)

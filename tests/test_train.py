@@ -1,8 +1,11 @@
 """The trainer: what it learns, stores, resumes and refuses."""
 
+import asyncio
 import json
 import re
 import shutil
+import sys
+import threading
 import time
 
 import jax
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 import training_city
 from jax.sharding import NamedSharding, PartitionSpec
 from training_city import get_config
@@ -601,6 +605,35 @@ def test_frozen_parameters_are_an_argument_that_an_update_reads():
     assert set(state.params) == set(state.ema) == {"w"}
     assert not np.array_equal(state.params["w"], np.ones(3))
     np.testing.assert_array_equal(frozen["fixed"], np.full(3, 2.0))
+
+
+def test_threads_of_a_failed_save_say_nothing_once_its_loop_is_closed(
+    capsys, monkeypatch
+):
+    """Whatever else such a thread has to say is printed."""
+    monkeypatch.setattr(sys, "unraisablehook", trainer.hush_late_writes)
+    late, written = tensorstore.Promise.new()
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)
+    loop.create_task(_wait_for(written))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    _end_in_a_thread(late)
+    assert not capsys.readouterr().err
+    faulty, written = tensorstore.Promise.new()
+    written.add_done_callback(lambda future: {}["another fault"])
+    _end_in_a_thread(faulty)
+    assert "KeyError: 'another fault'" in capsys.readouterr().err
+
+
+async def _wait_for(written):
+    await written
+
+
+def _end_in_a_thread(promise):
+    thread = threading.Thread(target=promise.set_result, args=(0,))
+    thread.start()
+    thread.join()
 
 
 def test_repeated_non_finite_losses_name_the_steps():
