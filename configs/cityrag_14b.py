@@ -100,6 +100,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train.latents = ""  # a folder of tools/encode_latents.py instead
     config.train.unroll_blocks = 1
     config.train.stream_dtype = "float32"
+    config.train.frozen_dtype = ""  # as it computes; "int8" is half of bfloat16
     config.train.updates_per_call = 1
     config.train.shift = 3.0
     config.train.drop_probability = 0.1
@@ -142,6 +143,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.keep_keys = False  # 26.8 GB for 3 % of the time
+    config.sample.weights_dtype = ""  # as they compute; "int8": half, for time
     config.sample.preset = "final"  # every step; standard and draft repeat some
     config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
     config.sample.spacing_m = 0.5  # between frames of a drawn path
@@ -163,7 +165,7 @@ def _machine(fsdp: int, sequence: int, micro_batches: int):
 
 
 def _one_gpu(config: ConfigDict) -> None:
-    """Train the branches alone; the base is frozen, in bfloat16."""
+    """Train the branches alone; the base is frozen, in the types it computes in."""
     config.optimizer.frozen = (
         *("blocks.*", "head.*", "patch_embedding.*", "text_embedding.*"),
         *("image_embedding.*", "time_embedding.*", "time_projection.*"),
@@ -171,6 +173,13 @@ def _one_gpu(config: ConfigDict) -> None:
     config.train.batch_size = 1
     config.train.mesh.update(data=1, fsdp=1, sequence=1)
     config.model.transformer.offload = ("block_input",)
+
+
+def _one_gpu80(config: ConfigDict) -> None:
+    """Train the branches alone in 80 GB: the base is int8, kernels run again."""
+    _one_gpu(config)
+    config.train.frozen_dtype = "int8"
+    config.model.transformer.keep = ()
 
 
 VARIANTS = {
@@ -181,4 +190,5 @@ VARIANTS = {
     "v6e-256": _machine(fsdp=32, sequence=8, micro_batches=1),
     "tpu7x-128": _machine(fsdp=16, sequence=8, micro_batches=1),
     "one_gpu": _one_gpu,
+    "one_gpu80": _one_gpu80,
 }

@@ -90,6 +90,7 @@ def _gpu() -> ConfigDict:
     config.train.latents = ""  # a folder of tools/encode_latents.py instead
     config.train.unroll_blocks = 7
     config.train.stream_dtype = "float32"
+    config.train.frozen_dtype = ""  # as it computes; "int8" is half of bfloat16
     config.train.updates_per_call = 50
     config.train.shift = 3.0
     config.train.drop_probability = 0.1
@@ -132,6 +133,7 @@ def _gpu() -> ConfigDict:
     config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.keep_keys = True
+    config.sample.weights_dtype = ""  # as they compute; "int8": half, for time
     config.sample.preset = "final"  # every step; standard and draft repeat some
     config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
     config.sample.spacing_m = 0.375  # between frames of a drawn path

@@ -101,6 +101,7 @@ def _gpu() -> ConfigDict:
     config.train.checkpoint_minutes = 0.0  # or so often; 0: by steps alone
     config.train.keep = 2
     config.train.keep_every = 0  # steps of which one checkpoint stays for good
+    config.train.frozen_dtype = ""
     config.train.save_dtype = "bfloat16"
     config.train.tensorboard = False
 

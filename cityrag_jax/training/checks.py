@@ -98,6 +98,11 @@ def check_config(config: ConfigDict) -> None:
         f"train.save_dtype is {t.save_dtype!r}; choose float32, bfloat16 or int8.",
     )
     require(
+        t.frozen_dtype in ("", "int8"),
+        f"train.frozen_dtype is {t.frozen_dtype!r}; choose int8, or nothing for the "
+        "type that each computes in.",
+    )
+    require(
         0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."
     )
     zeros = ("max_seconds", "checkpoint_minutes", "overfit", "keep_every", "stuck_s")

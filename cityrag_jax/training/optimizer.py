@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
+from cityrag_jax.int8 import parameter_of
 from cityrag_jax.model.adapters import MARK
 
 Params = dict[str, Array]
@@ -80,7 +81,7 @@ def split_frozen(
     values: Mapping[str, Any], labels: Labels
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part what stands under the parameters' names into trained and frozen."""
-    frozen = {name: x for name, x in values.items() if labels[name] == "frozen"}
+    frozen = {n: x for n, x in values.items() if labels[parameter_of(n)] == "frozen"}
     return {name: x for name, x in values.items() if name not in frozen}, frozen
 
 
