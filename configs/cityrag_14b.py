@@ -15,6 +15,8 @@ CLIP tower sees the first image. Behind the file's name stands what it is laid o
     :tpu7x-128  64 chips, 4x4x4        22 GiB a half by formula     21 h
     :one_gpu    1 H200, branches alone, one clip an update
                                        117 GiB by formula           99 h
+    :one_gpu80  1 H100 of 80 GB, the same upon an int8 base
+                                       71 GiB by formula            116 h
 
 Hours are planned, not measured: twice the roofline (cityrag_jax/plan/README.md, by
 tools/plan_pod.py). GPUs want XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. Without a variant the
@@ -88,6 +90,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "image_embedding.*",
     )
     config.optimizer.newton_schulz_dtype = "bfloat16"
+    config.optimizer.momentum_dtype = "float32"
 
     config.train = ConfigDict()
     config.train.steps = 20_000
@@ -179,6 +182,7 @@ def _one_gpu80(config: ConfigDict) -> None:
     """Train the branches alone in 80 GB: the base is int8, kernels run again."""
     _one_gpu(config)
     config.train.frozen_dtype = "int8"
+    config.optimizer.momentum_dtype = "bfloat16"
     config.model.transformer.keep = ()
 
 

@@ -78,6 +78,7 @@ def _gpu() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.frozen = ()
     config.optimizer.newton_schulz_dtype = "bfloat16"
+    config.optimizer.momentum_dtype = "float32"
 
     config.train = ConfigDict()
     config.train.steps = 10_200

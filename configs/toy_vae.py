@@ -69,6 +69,7 @@ def _gpu() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.frozen = ()
     config.optimizer.newton_schulz_dtype = "float32"
+    config.optimizer.momentum_dtype = "float32"
 
     config.train = ConfigDict()
     config.train.steps = 5000

@@ -337,6 +337,39 @@ def test_a_model_stored_as_int8_starts_another_training(folder, config):
     assert first == pytest.approx(last, rel=1e-3)
 
 
+@pytest.mark.long
+def test_a_base_held_as_int8_trains_as_if_it_were_multiplied_out(folder, config):
+    """Through the door: drawn, started from what was stored, and resumed."""
+    changed = config.copy_and_resolve_references()
+    changed.model.transformer.update(dim=128, num_heads=2)
+    changed.optimizer.frozen = ("blocks.*", "time_embedding.*")
+    changed.train.frozen_dtype = "int8"
+    changed.train.save_dtype = "int8"
+    changed.train.steps = 5
+    model = trainer.train(changed, folder / "drawn8") / "transformer"
+    changed.train.init_from = str(folder / "drawn8")
+    changed.train.steps = 10
+    again = trainer.train(changed, folder / "held8") / "transformer"
+    shutil.rmtree(folder / "held8" / "model")
+    shutil.rmtree(folder / "held8" / "checkpoints" / "10")
+    before = read_metrics(folder / "held8")
+    trainer.train(changed, folder / "held8")
+    losses = [line["loss"] for line in read_metrics(folder / "held8") if "loss" in line]
+    assert losses == [line["loss"] for line in before if "loss" in line]
+    q = "blocks.self_attention.q.kernel"
+    frozen = folder / "held8" / "base" / "frozen"
+    digests = [json.loads((x / "digests.json").read_text()) for x in (model, frozen)]
+    for name in (q, f"{q}.scale", "blocks.ffn.fc1.bias"):
+        assert digests[0]["block_001"][name] == digests[1]["block_001"][name]
+    assert item_arrays(again / "block_001")[q].dtype == jnp.int8
+    assert item_arrays(frozen / "block_001")[q].dtype == jnp.int8
+    assert item_arrays(frozen / "rest")["time_embedding.fc2.kernel"].dtype == "float32"
+    changed.train.frozen_dtype = ""
+    trainer.train(changed, folder / "dense")
+    dense = [line["loss"] for line in read_metrics(folder / "dense") if "loss" in line]
+    assert dense == pytest.approx(losses, rel=1e-6)  # float32, fused in other ways
+
+
 def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(folder):
     """Whatever transformer was trained on them goes on working."""
     config = get_config(
@@ -764,6 +797,7 @@ def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
         (dict(train__updates_per_call=3), "steps 20 is not a multiple"),
         (dict(train__updates_per_call=5, train__pool=0), "a stream gives one batch"),
         (dict(train__save_dtype="float16"), "save_dtype"),
+        (dict(train__frozen_dtype="int4"), "frozen_dtype is 'int4'; choose int8"),
         (dict(eval__clips=6), "eval.clips 6"),
         (dict(train__drop_probability=1.5), "drop_probability"),
     ],

@@ -52,6 +52,7 @@ MEANINGS = {
     "optimizer.weight_decay": "of both, times the learning rate",
     "optimizer.clip_norm": "largest norm of the gradient",
     "optimizer.frozen": "patterns of parameters that are not trained",
+    "optimizer.momentum_dtype": "that Muon's momentum is kept in: float32 or bfloat16",
     "optimizer.newton_schulz_dtype": "of Muon's iteration: bfloat16 or float32",
     # ----------------------------------------------------------------------------------
     "train.steps": "updates in all",
