@@ -119,6 +119,8 @@ def _gpu() -> ConfigDict:
     config.eval.interval = 1000
     config.eval.clips = 64
     config.eval.min_rotation_deg = 0.0
+    config.eval.videos = 0
+    config.eval.video_steps = 10
     config.eval.seed = 0
     config.eval.noise_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
     config.eval.draws = 4

@@ -101,6 +101,8 @@ MEANINGS = {
     "eval.clips": "held-out clips of the training's loss",
     "eval.draws": "of noise for each of them",
     "eval.noise_levels": "levels at which the loss is measured, too",
+    "eval.videos": "held-out clips that TensorBoard shows sampled; 0: none",
+    "eval.video_steps": "of the solver, for these",
     "eval.min_rotation_deg": "least turn of a held-out clip",
     "eval.seed": "of held-out clips and their noise",
     "eval.table_clips": "clips that evaluate scores",
