@@ -12,6 +12,7 @@ import tagged_pictures as tagged
 
 from cityrag_jax import survey
 from cityrag_jax.data import records
+from cityrag_jax.data.masks import hide
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama
@@ -380,3 +381,31 @@ def test_streets_of_equal_length_become_neighbourhoods():
     assert numbers.max() == 3
     with pytest.raises(ValueError, match="9 neighbourhoods of 1 places"):
         cluster_places(np.zeros((5, 3)), 9)
+
+
+def test_masked_parts_are_blurred_before_they_are_written(tmp_path):
+    """What has a mask counts as anonymised, and how many have none is told."""
+    photograph(tmp_path / "in", DRIVES[0][:3], MORNING)
+    masks = tmp_path / "masks"
+    with pytest.raises(ValueError, match="is no folder of masks"):
+        cities.find_masks(masks, ("a.jpg",))
+    mask = np.zeros((32, 64), np.uint8)
+    mask[12:16, 10:14] = 255
+    tagged.save(masks / "IMG_0001.png", mask)
+    with pytest.raises(ValueError, match="no mask for any of 1 pictures"):
+        cities.find_masks(masks, ("other.jpg",))
+    source, making = folder.Source(tmp_path / "in", NOBODY), cities.Making("x")
+    plain, _ = folder.import_folder(source, making, tmp_path / "plain")
+    making = cities.Making("x", masks=masks)
+    city, report = folder.import_folder(source, making, tmp_path / "blurred")
+    assert city.captures.anonymised.tolist() == [False, True, False]
+    assert "2 of 3 pictures have no mask in masks/: not blurred" in report["notes"]
+    shown, before = city.panorama(1), plain.panorama(1)
+    assert np.any(shown[24:32, 20:28] != before[24:32, 20:28])
+    np.testing.assert_array_equal(shown[:, 64:], before[:, 64:])
+    np.testing.assert_array_equal(city.panorama(0), plain.panorama(0))
+    noise = np.random.default_rng(0).integers(0, 256, (320, 640, 3), np.uint8)
+    hidden = hide(noise, mask > 0)
+    blocks = np.unique(hidden[120:160, 100:140].reshape(-1, 3), axis=0)
+    assert len(blocks) == 5 * 5 and blocks.std() < 20  # of 8 x 8 pixels each
+    np.testing.assert_array_equal(hidden[:115], noise[:115])
