@@ -20,7 +20,7 @@ from cityrag_jax import report
 from cityrag_jax.commands import Command
 from cityrag_jax.data import inventory
 from cityrag_jax.data.clips import ClipConfig, show_views
-from cityrag_jax.data.pairs import Pairs, load_pairs
+from cityrag_jax.data.pairs import PAIRS, Pairs, load_pairs
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import write_image, write_video
@@ -34,7 +34,7 @@ CONTACTS, CONTACT_WIDTH = 12, 320
 def survey_city(city: City, out: Path) -> dict[str, Any]:
     """Write city.json and city.png."""
     pairs = None
-    if (city.folder / "pairs.npz").exists():
+    if (city.folder / PAIRS).exists():
         pairs = load_pairs(city.folder)
     facts = inventory.count_city(city, pairs)
     facts["look_at"] = inventory.find_doubts(facts)

@@ -20,6 +20,7 @@ import numpy as np
 import tqdm
 
 from cityrag_jax.data.captures import Captures, CityHeader
+from cityrag_jax.data.provenance import Provenance, make_provenance
 from cityrag_jax.data.records import map_ahead
 from cityrag_jax.data.store import City, Picture, check_free, write_city
 from cityrag_jax.data.video import read_image
@@ -90,7 +91,13 @@ def import_folder(
     with bar:
         make = functools.partial(_fit_all, source, names, tags, header, bar, unreadable)
         city = write_city(
-            out, header, captures, make, quality=source.quality, overwrite=overwrite
+            out,
+            header,
+            captures,
+            make,
+            provenance=_provenance(names),
+            quality=source.quality,
+            overwrite=overwrite,
         )
     lost = len(captures) - len(city)
     if lost:
@@ -239,6 +246,12 @@ def _header(source: Source, captures: Captures, tags: list[Tags]) -> CityHeader:
     }
     licences, attributions = (source.licence,), (source.attribution,)
     return CityHeader(source.name, height, anchor, licences, attributions, generator)
+
+
+def _provenance(names: list[str]) -> Provenance:
+    """Pictures are known by their paths; who wrote a height seldom says above what."""
+    folders = [name.rpartition("/")[0] for name in names]
+    return make_provenance(names, folders, height_datum="unknown")
 
 
 def _fit_all(
