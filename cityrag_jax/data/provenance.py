@@ -78,7 +78,7 @@ def make_provenance(
         elif isinstance(values, pa.Array):
             columns[name] = values
         else:
-            columns[name] = pa.array(values, kind)
+            columns[name] = pa.array(values, kind, from_pandas=True)
     return Provenance(**columns)
 
 
