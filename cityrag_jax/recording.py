@@ -35,9 +35,9 @@ from cityrag_jax.data.video import (
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.path_files import format_tum
 from cityrag_jax.geo.trajectory import relative_poses
+from cityrag_jax.leases import FolderLock
 from cityrag_jax.parallel import from_writer, is_writer, on_writer
 from cityrag_jax.rollout import Job, MadeClip
-from cityrag_jax.training.lock import WorkdirLock
 
 SIDECAR, JOB, CLIPS = "generate.json", "job.json", "clips"
 VIDEO, CONDITIONS, PAGE = "video.mp4", "conditions.mp4", "report.html"
@@ -66,7 +66,7 @@ class Recording:
         facts = facts | identify(job) | {"fps": fps} | ({"burnt": True} if burn else {})
         self.identity = json.loads(json.dumps(facts))
         self._burnt = describe_origin(job)["copyright"] if burn else ""
-        self._lock = WorkdirLock(self.out)
+        self._lock = FolderLock(self.out)
         self._growing: JoinedVideo | None = None
         self.count = 0
 

@@ -8,7 +8,7 @@ with the same command, it goes on from the last whole checkpoint, as if nothing 
 happened; SIGTERM and Ctrl-C save first and exit with 143 and 130. DIR will hold:
 
     config.json      the config; another one is refused
-    lock.json        while it trains: another training there is refused
+    lock/            while it trains: another training there is refused
     base/            what training does not change: autoencoder, prompt, the frozen
     checkpoints/     the last few, each a folder named after its step
     metrics.jsonl    losses and speed
@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import TRUST, TrainingCheckpoints, save_bundle, trust
 from cityrag_jax.commands import Command
+from cityrag_jax.leases import FolderLock
 from cityrag_jax.parallel import (
     DISTRIBUTED,
     fetch,
@@ -55,7 +56,6 @@ from cityrag_jax.training.examples import (
 )
 from cityrag_jax.training.grace import describe_grace
 from cityrag_jax.training.latents import Latents, describe_latents
-from cityrag_jax.training.lock import WorkdirLock
 from cityrag_jax.training.log import (
     NoLog,
     TrainingLog,
@@ -96,7 +96,7 @@ def train(config: ConfigDict, workdir: Path | str, profile: range = range(0)) ->
     check_config(config)
     sources = open_cities(config.data.city)
     mesh = training_mesh(config)
-    lock = WorkdirLock(workdir)
+    lock = FolderLock(workdir)
     on_writer(lock.take)
     try:
         on_writer(lambda: claim_workdir(workdir, config))

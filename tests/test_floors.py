@@ -11,7 +11,7 @@ FLOORS = [
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report", "importers"},
     {"sampling", "generator", "rollout", "recording", "request", "jobs"}
-    | {"plan", "training", "commands"},
+    | {"plan", "training", "commands", "leases"},
     {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},
     {"demo"},  # which goes through all doors
 ]

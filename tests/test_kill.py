@@ -173,7 +173,7 @@ def test_told_to_stop_it_saves_the_running_step_and_says_so(
     (step,) = _saves(workdir)[0]
     assert 3 <= step < STEPS
     assert said.splitlines()[-1].startswith(f"{number.name}: saved step {step}; the")
-    assert "Traceback" not in said and not (workdir / "lock.json").exists()
+    assert "Traceback" not in said and not (workdir / "lock").exists()
     _finish(folder, workdir, 16, **rare)
     assert _digests(workdir) == _digests(folder / "whole16")
 
@@ -222,4 +222,4 @@ def test_a_fault_of_disk_or_worker_ends_it_in_one_message(folder, fault, told, c
     if fault is not _remove_checkpoints:
         with TrainingCheckpoints(workdir / "checkpoints") as checkpoints:
             assert checkpoints.read_notes()["next_batch"] == checkpoints.steps[-1]
-    assert not (workdir / "lock.json").exists()
+    assert not (workdir / "lock").exists()

@@ -160,12 +160,12 @@ def test_a_folder_with_another_video_is_refused(job, whole, tmp_path, finished):
     out = whole if finished else tmp_path
     if not finished:
         record(out, job, Painter(), 1)
-    before = sorted(path.name for path in out.iterdir() if path.name != "lock.json")
+    before = sorted(path.name for path in out.iterdir() if path.name != "lock")
     with pytest.raises(ValueError, match="seed is 3 there, 4 here.* another --out"):
         record(out, dataclasses.replace(job, seed=4), Painter())
     with pytest.raises(ValueError, match="holds another video: weights is abc there"):
         record(out, job, Painter(), facts={"weights": "x"})
-    after = sorted(path.name for path in out.iterdir() if path.name != "lock.json")
+    after = sorted(path.name for path in out.iterdir() if path.name != "lock")
     assert before == after
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from cityrag_jax import report
-from cityrag_jax.jobs.leases import Leases
 from cityrag_jax.jobs.lines import JobLine
+from cityrag_jax.leases import LOCK, Leases
 from cityrag_jax.parallel import on_writer
 
 RUN, STATUS, LINE = "run.json", "status.json", "line.json"
@@ -125,7 +125,7 @@ class JobsFolder:
         if own.exists() and read_record(own / LINE) != facts:
             shutil.rmtree(own)
         own.mkdir(exist_ok=True)
-        (own / "lock.json").unlink(missing_ok=True)  # of the holder before
+        shutil.rmtree(own / LOCK, ignore_errors=True)  # of the holder before
         report.write_text(own / LINE, json.dumps(facts, indent=1) + "\n")
 
     def finish(self, line: JobLine) -> None:
