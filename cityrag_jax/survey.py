@@ -21,7 +21,7 @@ from cityrag_jax import report
 from cityrag_jax.commands import Command
 from cityrag_jax.data import inventory
 from cityrag_jax.data.clips import ClipConfig, show_views
-from cityrag_jax.data.pairs import Pairs, load_pairs
+from cityrag_jax.data.pairs import PAIRS, Pairs, load_pairs
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import write_image, write_video
@@ -39,7 +39,7 @@ NAMED = 3  # neighbourhoods
 def survey_city(city: City, out: Path) -> dict[str, Any]:
     """Write city.json, city.png, and lacking.geojson: what was driven at one time."""
     pairs = None
-    if (city.folder / "pairs.npz").exists():
+    if (city.folder / PAIRS).exists():
         pairs = load_pairs(city.folder)
     facts = inventory.count_city(city, pairs)
     facts["streets"], lacking = _streets(city)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data import build
-from cityrag_jax.data.pairs import load_pairs
+from cityrag_jax.data.pairs import PAIRS, load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
 from cityrag_jax.importers.cities import Making, describe_import
@@ -133,7 +133,7 @@ def main(given: argparse.Namespace) -> None:
         city = make(given, limits)
         folder = city.folder
         print(f"{city.name}: {len(city)} panoramas in {folder}")
-    if not (folder / "pairs.npz").exists():
+    if not (folder / PAIRS).exists():
         return
     pairs = load_pairs(folder)
     print(
