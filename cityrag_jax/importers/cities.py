@@ -176,13 +176,15 @@ def _header(
 
 
 def _provenance(shots: Shots) -> Provenance:
-    """Pictures are known by their paths; who wrote a height seldom says above what."""
+    """Who wrote a height seldom says above what."""
+    known = list(zip(shots.names, shots.origins, strict=True))
+    accuracy = [origin.accuracy_m for origin in shots.origins]
     return make_provenance(
-        shots.names,
+        [origin.id or name for name, origin in known],
         [name.rpartition("/")[0] for name in shots.names],
         [origin.link or None for origin in shots.origins],
         height_datum="unknown",
-        accuracy_m=[origin.accuracy_m for origin in shots.origins],
+        accuracy_m=[None if np.isnan(x) else x for x in accuracy],
     )
 
 
