@@ -35,7 +35,7 @@ from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_walk import CLEAR_DAY, film, sharpest_corner
 from cityrag_jax.data.video import write_image
-from cityrag_jax.evaluate import DECIMALS, FULL, POSE_ALONE, RECOLOURED, score
+from cityrag_jax.evaluate import FULL, POSE_ALONE, RECOLOURED, score
 from cityrag_jax.generator import Generator, open_generator
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.grounding import Retrieval
@@ -45,6 +45,7 @@ from cityrag_jax.recording import Recording
 from cityrag_jax.request import fit_photo
 from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
 from cityrag_jax.sampling import drop
+from cityrag_jax.scores import DECIMALS
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 
