@@ -2,13 +2,16 @@
 
     python tools/build_city.py --source=folder --from=DIR --out=DIR \\
         --licence=CC-BY-4.0 --attribution="who took them"
+    python tools/build_city.py --source=video --from=FILE.mp4 --poses=TRACK.gpx ...
     python tools/build_city.py --source=panoramax --bbox=W,S,E,N --out=DIR
     MAPILLARY_ACCESS_TOKEN=... python tools/build_city.py --source=mapillary --bbox=...
     python tools/build_city.py --toy=paris --out=DIR [--preset=gpu] [--height=512]
     python tools/build_city.py --mine=DIR [--num-frames=73]
 
 A folder holds equirectangular pictures with EXIF GPS and, if known, GPano's heading,
-pitch and roll; --poses gives them otherwise. Services are asked once: what they list
+pitch and roll; --poses gives them otherwise. Of a video (or a folder of them) frames
+are taken by distance along the track; when it began is found by speed, or
+--clock-offset-s says how far its clock is off. Services are asked once: what they list
 and their pictures are kept in --from, by default beside the city. Killed, the same
 command goes on. Toy cities are rendered; sizes of their plan given one by one override
 the preset.
@@ -23,6 +26,8 @@ from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
 from cityrag_jax.importers.cities import Making, describe_import
+from cityrag_jax.importers.film import Source as Film
+from cityrag_jax.importers.film import import_film
 from cityrag_jax.importers.folder import Source, import_folder
 from cityrag_jax.importers.listing import Service, read_box
 from cityrag_jax.importers.mapillary import API, GROUPS, open_mapillary
@@ -54,7 +59,9 @@ LIMITS = {
 
 COMMAND = Command(__doc__)
 COMMAND.takes(
-    "--source", choices=["folder", *SERVICES], help="import pictures from there"
+    "--source",
+    choices=["folder", "video", *SERVICES],
+    help="import pictures from there",
 )
 COMMAND.takes("--from", dest="origin", type=Path, help="folder of the pictures")
 COMMAND.takes("--bbox", help="of a service: WEST,SOUTH,EAST,NORTH in degrees")
@@ -84,7 +91,9 @@ COMMAND.takes(
     "--poses", type=Path, help="their places: .csv, .gpx, mapillary_tools' .json"
 )
 COMMAND.takes(
-    "--clock-offset-s", type=float, default=0.0, help="added to the camera's times"
+    "--clock-offset-s",
+    type=float,
+    help="added to the camera's times; of pictures 0, of videos found by speed",
 )
 COMMAND.takes(
     "--spacing-m", type=float, default=0.0, help="least between captures; 0 keeps all"
@@ -168,7 +177,12 @@ def import_owned(given: argparse.Namespace, making: Making) -> tuple[City, dict]
                 "travel into every video that is made of the pictures."
             )
     origin = Origin(given.licence, given.attribution, given.anonymised)
-    source = Source(given.origin, origin, given.poses, given.clock_offset_s)
+    if given.source == "video":
+        if given.poses is None:
+            raise ValueError("--source=video needs --poses=TRACK.gpx, with times.")
+        film = Film(given.origin, given.poses, origin, given.clock_offset_s)
+        return import_film(film, making, given.out, overwrite=given.overwrite)
+    source = Source(given.origin, origin, given.poses, given.clock_offset_s or 0.0)
     return import_folder(source, making, given.out, overwrite=given.overwrite)
 
 

@@ -29,10 +29,10 @@ OTHERS = {
     ".dng": "raw: develop them to JPEG, keeping the tags",
     ".gpr": "raw: develop them to JPEG, keeping the tags",
     ".insp": "two fisheyes: export equirectangular JPEGs with the camera's program",
-    ".insv": "video of two fisheyes: export an equirectangular MP4, then its frames",
-    ".360": "video of two fisheyes: export an equirectangular MP4, then its frames",
-    ".mp4": "video: extract its frames as JPEGs",
-    ".mov": "video: extract its frames as JPEGs",
+    ".insv": "two fisheyes: export an equirectangular MP4, then --source=video",
+    ".360": "two fisheyes: export an equirectangular MP4, then --source=video",
+    ".mp4": "video: --source=video makes a city of it",
+    ".mov": "video: --source=video makes a city of it",
 }
 ROUND = 0.01  # a sphere is twice as wide as high
 NEEDED_DEG = 35.0  # above and below the horizon: views of 65 degrees, and some more

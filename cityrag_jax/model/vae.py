@@ -46,6 +46,8 @@ class VAEConfig:
     """Sizes of the autoencoder; the defaults are Wan 2.1's.
 
     `temporal_downsample` says for each spatial halving whether time is halved too.
+    `patch` pixels a side are channels of one place before the first convolution, as in
+    Wan 2.2: no layer runs at the picture's own size.
     `dtype` is the type of the arithmetic (norm statistics and latents stay float32).
     """
 
@@ -54,6 +56,7 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    patch: int = 1
     latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
     latent_std: tuple[float, ...] = WAN_LATENT_STD
     dtype: DTypeLike = jnp.float32
@@ -81,7 +84,7 @@ class VAEConfig:
     @property
     def space_stride(self) -> int:
         """Pixels for each latent row and column."""
-        return 2 ** len(self.temporal_downsample)
+        return self.patch * 2 ** len(self.temporal_downsample)
 
 
 class WanVAE(nnx.Module):
@@ -241,7 +244,8 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         widths = [config.base_dim * m for m in (1, *config.dim_mult)]
-        self.conv_in = CausalConv(3, widths[0], config, rngs=rngs)
+        self.patch = config.patch
+        self.conv_in = CausalConv(3 * self.patch**2, widths[0], config, rngs=rngs)
         layers = []
         for level, (width_in, width) in enumerate(
             zip(widths[:-1], widths[1:], strict=True)
@@ -258,17 +262,21 @@ class Encoder(nnx.Module):
         self.conv_out = CausalConv(width, 2 * config.z_dim, config, rngs=rngs)
 
     def __call__(self, x: Frames, caches: Cache = None) -> tuple[NewFrames, Cache]:
-        return _run([self.conv_in, *self.layers, *self.middle, self._head], x, caches)
+        return _run([layer for part in self.rates() for layer in part], x, caches)
 
     def rates(self) -> list[list[Callable[..., tuple[NewFrames, Cache]]]]:
         """Give the layers in order, in parts of one frame rate."""
-        parts = [[self.conv_in]]
+        parts = [[self._patches, self.conv_in]]
         for layer in self.layers:
             parts[-1].append(layer)
             if isinstance(layer, Downsample) and layer.time_conv is not None:
                 parts.append([])
         parts[-1] += [*self.middle, self._head]
         return parts
+
+    def _patches(self, x, cache):
+        p = self.patch
+        return rearrange(x, "B T (H y) (W x) C -> B T H W (C x y)", y=p, x=p), ()
 
     def _head(self, x, cache):
         return self.conv_out(nnx.silu(self.norm_out(x)), cache)
@@ -294,13 +302,19 @@ class Decoder(nnx.Module):
                 width_in = width // 2
         self.layers = nnx.List(layers)
         self.norm_out = ChannelNorm(width, config)
-        self.conv_out = CausalConv(width, 3, config, rngs=rngs)
+        self.patch = config.patch
+        self.conv_out = CausalConv(width, 3 * self.patch**2, config, rngs=rngs)
 
     def __call__(self, x: Frames, caches: Cache = None) -> tuple[NewFrames, Cache]:
-        return _run([self.conv_in, *self.middle, *self.layers, self._head], x, caches)
+        layers = [self.conv_in, *self.middle, *self.layers, self._head, self._pixels]
+        return _run(layers, x, caches)
 
     def _head(self, x, cache):
         return self.conv_out(nnx.silu(self.norm_out(x)), cache)
+
+    def _pixels(self, x, cache):
+        p = self.patch
+        return rearrange(x, "B T H W (C x y) -> B T (H y) (W x) C", y=p, x=p), ()
 
 
 def _middle(width, config, rngs):
