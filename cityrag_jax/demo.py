@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import tqdm
 from absl import logging
 from jaxtyping import Float64, UInt8
 from ml_collections import ConfigDict
@@ -41,6 +40,7 @@ from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.grounding import Retrieval
 from cityrag_jax.metrics.image import psnr, recolour_condition
 from cityrag_jax.parallel import keep_compilations
+from cityrag_jax.progress import tracked
 from cityrag_jax.recording import Recording
 from cityrag_jax.request import fit_photo
 from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
@@ -176,7 +176,7 @@ def take_photo(
         return generator.sample(drop(generator.encode(clip), "geo"), clip, seed)
 
     made, blind = (
-        list(tqdm.tqdm(rollout(generate, job), "generating", len(job.spans)))
+        list(tracked(rollout(generate, job), "generating", len(job.spans), "clip"))
         for generate in (generator, without_geo)
     )
     return Take(photo[0], truth, job, made, blind)

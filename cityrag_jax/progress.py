@@ -1,4 +1,4 @@
-"""How far something is: a bar on a terminal, elsewhere a line every half minute.
+"""How far something long is: a bar on a terminal, elsewhere a line each half minute.
 
 The lines go where the bar would, to stderr, with the time of the day, what is done,
 the speed and the time that is left, so that a cluster's log can be read.
@@ -23,6 +23,7 @@ class Progress:
         self._plain = shown and not sys.stderr.isatty()
         hidden = self._plain or not shown
         kinds = dict(desc=doing, unit=f" {unit}", dynamic_ncols=True)
+        kinds |= dict(unit="B", unit_scale=True) if unit == "byte" else {}
         self._bar = tqdm.tqdm(total=total, disable=hidden, **kinds)
         self._doing, self._total, self._unit = doing, total, unit
         self._done, self._remark = 0, ""
@@ -62,8 +63,11 @@ class Progress:
         self._told = time.monotonic()
         spent = self._told - self._began
         speed = self._done / spent
-        line = f"{time.strftime('%H:%M:%S')} {self._doing}: {self._done} of "
-        line += f"{self._total} {self._unit}s, {describe_speed(speed, self._unit)}"
+        done, total = self._done, f"{self._total} {self._unit}s"
+        if self._unit == "byte":
+            done, total = f"{done / 1e9:.2f}", f"{self._total / 1e9:.2f} GB"
+        line = f"{time.strftime('%H:%M:%S')} {self._doing}: {done} of {total}, "
+        line += describe_speed(speed, self._unit)
         if 0 < self._done < self._total:
             left = describe_time((self._total - self._done) / speed)
             line += f", {left} left"
@@ -81,7 +85,9 @@ def tracked(things: Iterable[T], doing: str, total: int, unit: str) -> Iterator[
 
 
 def describe_speed(per_second: float, unit: str) -> str:
-    """Say how fast something goes: 3.2 panoramas a second, 12.5 s a clip."""
+    """Say how fast something goes: 3.2 a second, 12.5 s a clip, 0.31 GB a second."""
+    if unit == "byte":
+        return f"{per_second / 1e9:.2f} GB a second"
     if per_second >= 1 or per_second == 0:
         return f"{per_second:.1f} a second"
     return f"{1 / per_second:.1f} s a {unit}"
