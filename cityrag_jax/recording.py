@@ -279,10 +279,11 @@ def describe_origin(job: Job) -> dict[str, str]:
 
 
 def describe_views(city: City, made: MadeClip) -> dict[str, Any]:
-    """List a clip's captures by their ids in the city, kind by kind of licence."""
+    """List a clip's captures by their sources' ids, kind by kind of licence."""
     captures, drives = made.views.captures.tolist(), city.captures.drive
     kinds = sources(city, captures)
-    ids = [[c for c in captures if kind_of(city, c) == kind] for kind in kinds]
+    rows = [[c for c in captures if kind_of(city, c) == kind] for kind in kinds]
+    ids = [city.provenance.select(np.array(row)).id.to_pylist() for row in rows]
     return {
         "drives": list(dict.fromkeys(drives[captures].tolist())),
         "mean_distance_m": round(float(made.views.distance_m.mean()), 3)

@@ -150,7 +150,7 @@ def test_the_report_tells_mounts_and_what_was_skipped(city, capsys):
 
 
 def test_pairs_are_mined_and_a_path_is_found(city, tmp_path):
-    assert (city.folder / "pairs.npz").exists()
+    assert (city.folder / "pairs.parquet").exists()
     facts = survey.survey_city(city, tmp_path)
     assert facts["pairs"] > 0 and facts["drives"] == 2
     walk = ecef_from_enu(*synthetic.ANCHOR) @ synthetic.line([0.4, -15, 2], 0, 12, 1.0)

@@ -78,7 +78,7 @@ def test_all_files_are_written_and_say_what_was_used(city, job, whole):
     assert shown == [[0, 4], [5, 8], [9, 9], [10, 13]]
     for clip, views in zip(sidecar["clips"], job.views, strict=True):
         (kind,) = clip["captures"]
-        assert kind["ids"] == views.captures.tolist()
+        assert kind["ids"] == city.provenance.select(views.captures).id.to_pylist()
         assert (kind["licence"], kind["attribution"]) == ("CC0-1.0", "nobody")
         assert clip["seconds"] >= 0
 

@@ -17,7 +17,7 @@ from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.trajectory import headings
 from cityrag_jax.importers import listing, mapillary, panoramax, web
 
-TOOL = pathlib.Path(__file__).parents[1] / "tools" / "build_city.py"
+TOOLS = pathlib.Path(__file__).parents[1] / "tools"
 DRIVES = [synthetic.line([x, -20, 2], 0, 12, spacing=1.0) for x in (0, 1.5)]
 BOX = "11.574,48.136,11.576,48.138"
 
@@ -49,12 +49,16 @@ def clock():
     return Clock()
 
 
-def build(clock, *words):
-    spec = importlib.util.spec_from_file_location("build_city", TOOL)
+def call(clock, name, *words):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     tool.Client = clock.client
-    tool.main(tool.COMMAND.parse([*map(str, words), "--num-frames=9"]))
+    tool.main(tool.COMMAND.parse([*map(str, words)]))
+
+
+def build(clock, *words):
+    call(clock, "build_city", *words, "--num-frames=9")
 
 
 def publish_panoramax(service):
@@ -105,10 +109,20 @@ def test_panoramax_becomes_a_city_through_every_fault(
         "/d1-05.jpg": ["hang"],
         "/d1-06.jpg": [(503, "Wed, 21 Oct 2015 07:28:00 GMT")],
     }
-    out = tmp_path / "munich"
-    words = ("--source=panoramax", f"--bbox={BOX}", f"--out={out}")
-    words += (f"--api=http://127.0.0.1:{service.port}/api", "--neighbourhoods=1")
+    out, listed = tmp_path / "munich", tmp_path / "munich.panoramax"
+    where = (f"--bbox={BOX}", f"--api=http://127.0.0.1:{service.port}/api")
+    call(clock, "find_pairs", "--source=panoramax", *where, f"--out={listed}")
+    said = capsys.readouterr().out
+    assert "25 panoramas in 3 sequences, 2023-11-14 to 2023-11-15" in said
+    # Two drives of 11 m along one street: 11 m of street, at two times.
+    assert "0.011 km of streets, 0.011 km of them at two times" in said
+    lines = json.loads((listed / "streets.geojson").read_text())["features"]
+    assert [line["properties"] for line in lines] == [{"times": 2}] * 2
+    assert not any(path.endswith(".jpg") for path, _, _ in service.asked)
+    searched = service.count("/api/search")
+    words = ("--source=panoramax", *where, f"--out={out}", "--neighbourhoods=1")
     build(clock, *words)
+    assert service.count("/api/search") == searched  # the listing is there already
     city = City(out)
     assert len(city) == 24 and city.header.panorama_height == 64
     assert city.header.licences == ("CC-BY-SA-4.0", "etalab-2.0")

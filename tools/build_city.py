@@ -22,22 +22,19 @@ from pathlib import Path
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data import build
-from cityrag_jax.data.pairs import load_pairs
+from cityrag_jax.data.pairs import PAIRS, load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
 from cityrag_jax.importers.cities import Making, describe_import
 from cityrag_jax.importers.film import Source as Film
 from cityrag_jax.importers.film import import_film
 from cityrag_jax.importers.folder import Source, import_folder
-from cityrag_jax.importers.listing import Service, read_box
-from cityrag_jax.importers.mapillary import API, GROUPS, open_mapillary
-from cityrag_jax.importers.panoramax import CATALOGUE, open_panoramax
+from cityrag_jax.importers.mapillary import GROUPS
 from cityrag_jax.importers.recordings import HEADINGS, Cuts, Origin
-from cityrag_jax.importers.services import import_service
+from cityrag_jax.importers.services import SERVICES, import_service, open_service
 from cityrag_jax.importers.web import Client
 from cityrag_jax.parallel import keep_compilations
 
-SERVICES = ("panoramax", "mapillary")
 PLAN = {
     "neighbourhoods": "of the city: of a toy along a side, else in all",
     "blocks": "of houses of a neighbourhood, along a side",
@@ -136,7 +133,7 @@ def main(given: argparse.Namespace) -> None:
         city = make(given, limits)
         folder = city.folder
         print(f"{city.name}: {len(city)} panoramas in {folder}")
-    if not (folder / "pairs.npz").exists():
+    if not (folder / PAIRS).exists():
         return
     pairs = load_pairs(folder)
     print(
@@ -191,7 +188,15 @@ def import_listed(given: argparse.Namespace, making: Making) -> tuple[City, dict
     client = Client()
     folder = given.origin or given.out.with_name(f"{given.out.name}.{given.source}")
     city, report = import_service(
-        open_service(given, client),
+        open_service(
+            given.source,
+            client,
+            bbox=given.bbox,
+            collection=given.collection,
+            api=given.api,
+            licence=given.licence,
+            anonymised=given.anonymised,
+        ),
         client,
         making,
         given.out,
@@ -201,23 +206,6 @@ def import_listed(given: argparse.Namespace, making: Making) -> tuple[City, dict
     )
     print(f"  {folder} keeps listing and pictures; it may be removed")
     return city, report
-
-
-def open_service(given: argparse.Namespace, client: Client) -> Service:
-    """Give the service that is asked for, and its areas."""
-    box = read_box(given.bbox) if given.bbox else None
-    if given.source == "mapillary":
-        if box is None:
-            raise ValueError("--source=mapillary needs --bbox=WEST,SOUTH,EAST,NORTH.")
-        return open_mapillary(client, box, api=given.api or API)
-    return open_panoramax(
-        client,
-        box=box,
-        collections=tuple((given.collection or "").replace(",", " ").split()),
-        api=given.api or CATALOGUE,
-        licence=given.licence,
-        anonymised=given.anonymised,
-    )
 
 
 def build_toy(given: argparse.Namespace, limits: dict) -> City:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cityrag_jax.data.captures import Captures, CityHeader
+from cityrag_jax.data.columns import captures_digest, write_columns
 from cityrag_jax.data.pairs import PairConfig, Pairs, mine_pairs, save_pairs
 from cityrag_jax.data.store import City, write_city
 from cityrag_jax.data.toy_city import CityConfig, Drive, city, drives
@@ -89,6 +90,9 @@ def mine_city(
     out, but in toy cities, whose neighbourhoods lie apart.
     """
     opened = City(folder)
+    if captures_digest(opened.folder) is None:  # another program wrote the columns
+        parts = opened.header, opened.captures, opened.provenance
+        write_columns(opened.folder, *parts)
     is_toy = "toy_city" in opened.header.generator
     limits = {**(TOY_LIMITS if is_toy else {"buffer_m": BUFFER_M}), **limits}
     config = pair_config(num_frames, held_out_fraction, **limits)

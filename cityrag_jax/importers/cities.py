@@ -17,6 +17,7 @@ import numpy as np
 
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.masks import hide, read_mask
+from cityrag_jax.data.provenance import Provenance, make_provenance
 from cityrag_jax.data.records import map_ahead
 from cityrag_jax.data.store import City, Picture, write_city
 from cityrag_jax.geo.ecef import geodetic_from_ecef
@@ -101,7 +102,13 @@ def make_city(
                 yield panorama
 
         city = write_city(
-            out, header, captures, make, quality=making.quality, overwrite=overwrite
+            out,
+            header,
+            captures,
+            make,
+            provenance=_provenance(shots),
+            quality=making.quality,
+            overwrite=overwrite,
         )
     lost = len(captures) - len(city)
     if lost:
@@ -164,6 +171,17 @@ def _header(
     licences, _ = tabulate([origin.licence for origin in shots.origins])
     attributions, _ = tabulate([origin.attribution for origin in shots.origins])
     return CityHeader(making.name, height, anchor, licences, attributions, generator)
+
+
+def _provenance(shots: Shots) -> Provenance:
+    """Pictures are known by their paths; who wrote a height seldom says above what."""
+    return make_provenance(
+        shots.names,
+        [name.rpartition("/")[0] for name in shots.names],
+        [origin.link or None for origin in shots.origins],
+        height_datum="unknown",
+        accuracy_m=[origin.accuracy_m for origin in shots.origins],
+    )
 
 
 def _fit_all(

@@ -97,10 +97,7 @@ def make_captures(
 
     Raises ValueError if nothing of it can be used.
     """
-    order = _in_order(shots)
-    ordered = shots.select(order)
-    place_m = _places(ordered)
-    drive = _cut(ordered, place_m, cuts)
+    order, ordered, place_m, drive = cut_drives(shots, cuts)
     kept = np.flatnonzero(_thinned(place_m, drive, cuts.spacing_m))
     skipped = _names(ordered, np.setdiff1d(np.arange(len(drive)), kept))
     dropped = {f"nearer than {cuts.spacing_m:g} m to the one before": skipped}
@@ -139,6 +136,17 @@ def make_captures(
         "skipped": {reason: names for reason, names in dropped.items() if names},
     }
     return captures, order[kept], report
+
+
+def cut_drives(
+    shots: Shots, cuts: Cuts
+) -> tuple[Int64[np.ndarray, " N"], Shots, Float64[np.ndarray, "N 3"], np.ndarray]:
+    """Give an order of shots, the shots in it, their places on the map in metres, and
+    the number of each one's drive."""
+    order = _in_order(shots)
+    ordered = shots.select(order)
+    place_m = _places(ordered)
+    return order, ordered, place_m, _cut(ordered, place_m, cuts)
 
 
 def tabulate(words: Sequence[str]) -> tuple[tuple[str, ...], Int32[np.ndarray, " N"]]:

@@ -4,6 +4,7 @@ Three steps, each of which goes on where it was interrupted: the listing, the pi
 (`listing`), and the city (`cities`).
 """
 
+import collections
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from cityrag_jax.data.store import City, check_free
+from cityrag_jax.geo.path_files import format_lines
+from cityrag_jax.geo.revisits import find_revisits, join_steps
 from cityrag_jax.importers.cities import Making, Recording, make_city
 from cityrag_jax.importers.folder import load_pictures, sphere_of
 from cityrag_jax.importers.listing import (
@@ -19,11 +22,41 @@ from cityrag_jax.importers.listing import (
     Skipped,
     fetch_pictures,
     list_items,
+    read_box,
 )
-from cityrag_jax.importers.mapillary import align_groups
-from cityrag_jax.importers.recordings import COLUMNS, Origin, Shots
+from cityrag_jax.importers.mapillary import API, align_groups, open_mapillary
+from cityrag_jax.importers.panoramax import CATALOGUE, open_panoramax
+from cityrag_jax.importers.recordings import COLUMNS, Cuts, Origin, Shots, cut_drives
 from cityrag_jax.importers.tags import read_tags
 from cityrag_jax.importers.web import Client
+
+SERVICES = ("panoramax", "mapillary")
+
+
+def open_service(
+    name: str,
+    client: Client,
+    *,
+    bbox: str | None,
+    collection: str | None = None,
+    api: str | None = None,
+    licence: str | None = None,
+    anonymised: bool = False,
+) -> Service:
+    """Give a service by its name, and the areas that are asked for."""
+    box = read_box(bbox) if bbox else None
+    if name == "mapillary":
+        if box is None:
+            raise ValueError("--source=mapillary needs --bbox=WEST,SOUTH,EAST,NORTH.")
+        return open_mapillary(client, box, api=api or API)
+    return open_panoramax(
+        client,
+        box=box,
+        collections=tuple((collection or "").replace(",", " ").split()),
+        api=api or CATALOGUE,
+        licence=licence,
+        anonymised=anonymised,
+    )
 
 
 def import_service(
@@ -76,6 +109,36 @@ def record_items(
         raise ValueError(f"No picture in {folder} can be used ({told}).")
     load = functools.partial(load_pictures, folder)
     return Recording(kind, place_items(kept), spheres, load, notes, skipped)
+
+
+def count_passes(
+    items: list[Item], cuts: Cuts, gap_s: float
+) -> tuple[dict[str, Any], str]:
+    """Say what a listing holds before any picture is fetched, and draw its streets.
+
+    The kilometres with passes at two times are those that pairs can be mined of; the
+    lines, as GeoJSON, say at how many times each stretch was driven.
+    """
+    _, shots, place_m, drive = cut_drives(place_items(items), cuts)
+    found = find_revisits(place_m, drive, shots.time_s, gap_s=gap_s)
+    lines, known = [], []
+    for times in np.unique(found.times).tolist():
+        for rows in join_steps(found, found.times == times):
+            where = shots.latitude_deg[rows], shots.longitude_deg[rows]
+            lines.append(np.stack(where, -1))
+            known.append({"times": times})
+    days = shots.time_s / 86400
+    facts = {
+        "panoramas": len(shots),
+        "sequences": len({item.sequence for item in items}),
+        "drives": len(np.unique(drive)),
+        "kilometres": round(found.metres() / 1000, 3),
+        "at_two_times_km": round(found.metres(found.times > 1) / 1000, 3),
+        "first_day": str(np.datetime64(int(days.min()), "D")),
+        "last_day": str(np.datetime64(int(days.max()), "D")),
+        "licences": dict(collections.Counter(item.licence for item in items)),
+    }
+    return facts, format_lines(lines, known)
 
 
 def place_items(items: list[Item]) -> Shots:
