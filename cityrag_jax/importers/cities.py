@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tqdm
 
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.masks import hide, read_mask
@@ -24,6 +23,7 @@ from cityrag_jax.data.store import City, Picture, write_city
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama
 from cityrag_jax.importers.recordings import Cuts, Shots, make_captures, tabulate
+from cityrag_jax.progress import Progress
 
 HIGHEST = 2048  # of a panorama, where no height is asked for
 SHOWN = 3  # names of a reason
@@ -85,9 +85,7 @@ def make_city(
     skipped = recording.skipped | report.pop("skipped")
     header = _header(recording.kind, making, captures, shots, spheres)
     unreadable: list[str] = []
-    with tqdm.tqdm(
-        total=len(shots), desc=f"importing {making.name}", unit="pano"
-    ) as bar:
+    with Progress(f"importing {making.name}", len(shots), "pano") as bar:
 
         def make(first: int) -> Iterator[Picture]:
             bar.update(first)
