@@ -48,6 +48,7 @@ class VAESizes(Protocol):
     dim_mult: tuple[int, ...]
     num_res_blocks: int
     temporal_downsample: tuple[bool, ...]
+    patch: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +188,10 @@ def vae_encode(
     config: VAESizes, num_frames: int, height: int, width: int, *, itemsize: int = 2
 ) -> dict[str, Cost]:
     """Cost of encoding one video, streamed in time; "quant_conv" is the 1x1x1 end."""
-    video = _Video(_whole_groups(config, num_frames), height, width, itemsize)
+    patch, frames = config.patch, _whole_groups(config, num_frames)
+    video = _Video(frames, height // patch, width // patch, itemsize)
     widths = [config.base_dim * m for m in config.dim_mult]
-    encoder = [video.conv(27, 3, config.base_dim)]
+    encoder = [video.conv(27, 3 * patch**2, config.base_dim)]
     width_in = config.base_dim
     for level, width_out in enumerate(widths):
         for _ in range(config.num_res_blocks):
@@ -213,7 +215,7 @@ def vae_decode(
     """Cost of decoding one video of that size, streamed in time."""
     halvings = config.temporal_downsample
     frames = 1 + (num_frames - 1) // 2 ** sum(halvings)
-    scale = 2 ** len(halvings)
+    scale = config.patch * 2 ** len(halvings)
     video = _Video(frames, height // scale, width // scale, itemsize)
     post_quant = video.conv(1, config.z_dim, config.z_dim)
     widths = [config.base_dim * m for m in config.dim_mult[::-1]]
@@ -230,7 +232,7 @@ def vae_decode(
             video = video.resized(2)
             decoder.append(video.conv(9, width_in, width_in // 2))
             width_in //= 2
-    decoder.append(_head(video, width_in, 3))
+    decoder.append(_head(video, width_in, 3 * config.patch**2))
     return {"decoder": total(decoder), "post_quant_conv": post_quant}
 
 

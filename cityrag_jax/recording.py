@@ -35,9 +35,9 @@ from cityrag_jax.data.video import (
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.path_files import format_tum
 from cityrag_jax.geo.trajectory import relative_poses
+from cityrag_jax.leases import FolderLock
 from cityrag_jax.parallel import from_writer, is_writer, on_writer
 from cityrag_jax.rollout import Job, MadeClip
-from cityrag_jax.training.lock import WorkdirLock
 
 SIDECAR, JOB, CLIPS = "generate.json", "job.json", "clips"
 VIDEO, CONDITIONS, PAGE = "video.mp4", "conditions.mp4", "report.html"
@@ -66,7 +66,7 @@ class Recording:
         facts = facts | identify(job) | {"fps": fps} | ({"burnt": True} if burn else {})
         self.identity = json.loads(json.dumps(facts))
         self._burnt = describe_origin(job)["copyright"] if burn else ""
-        self._lock = WorkdirLock(self.out)
+        self._lock = FolderLock(self.out)
         self._growing: JoinedVideo | None = None
         self.count = 0
 
@@ -128,10 +128,10 @@ class Recording:
         self._lock.take()
         job, sidecar = self.out / JOB, self.out / SIDECAR
         if sidecar.exists():
-            self._compare(read_facts(sidecar).get("job", {}))
+            self._compare(report.read_facts(sidecar).get("job", {}))
             self._clean()
         elif job.exists():
-            self._compare(read_facts(job))
+            self._compare(report.read_facts(job))
         elif (self.out / VIDEO).exists():
             raise ValueError(
                 f"{self.out} holds a {VIDEO}, but no {SIDECAR} that says what it is; "
@@ -141,13 +141,11 @@ class Recording:
             report.write_text(job, json.dumps(self.identity, indent=1) + "\n")
 
     def _compare(self, stored: dict[str, Any]) -> None:
-        names = sorted(stored.keys() | self.identity.keys())
-        pairs = {n: (stored.get(n), self.identity.get(n)) for n in names}
-        lines = [f"{n} is {a} there, {b} here" for n, (a, b) in pairs.items() if a != b]
-        if lines:
+        differ = report.describe_differences(stored, self.identity)
+        if differ:
             raise ValueError(
-                f"{self.out} holds another video: {'; '.join(lines)}. Choose another "
-                "--out, or delete that folder."
+                f"{self.out} holds another video: {differ}. Choose another --out, or "
+                "delete that folder."
             )
 
     def _commit(self, made: MadeClip) -> None:
@@ -190,7 +188,9 @@ class Recording:
             for number in numbers:
                 joined.append(self._clip(number) / name)
             joined.close()
-        clips = [read_facts(self._clip(number) / "clip.json") for number in numbers]
+        clips = [
+            report.read_facts(self._clip(number) / "clip.json") for number in numbers
+        ]
         write_overview(self.out)
         write_map(self.out / "map.png", self.job)
         poses = relative_poses(self.job.ecef_from_camera)
@@ -241,17 +241,6 @@ class Recording:
         (self.out / JOB).unlink(missing_ok=True)
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """Read what a folder says of its video; ValueError if that is no JSON object."""
-    try:
-        facts = json.loads(path.read_text())
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} is damaged; delete that folder or choose another.")
-    return facts
-
-
 def identify(job: Job) -> dict[str, Any]:
     """Say what a job's video is made of, pixels and poses by their digests."""
     return {
@@ -290,10 +279,11 @@ def describe_origin(job: Job) -> dict[str, str]:
 
 
 def describe_views(city: City, made: MadeClip) -> dict[str, Any]:
-    """List a clip's captures by their ids in the city, kind by kind of licence."""
+    """List a clip's captures by their sources' ids, kind by kind of licence."""
     captures, drives = made.views.captures.tolist(), city.captures.drive
     kinds = sources(city, captures)
-    ids = [[c for c in captures if kind_of(city, c) == kind] for kind in kinds]
+    rows = [[c for c in captures if kind_of(city, c) == kind] for kind in kinds]
+    ids = [city.provenance.select(np.array(row)).id.to_pylist() for row in rows]
     return {
         "drives": list(dict.fromkeys(drives[captures].tolist())),
         "mean_distance_m": round(float(made.views.distance_m.mean()), 3)

@@ -3,7 +3,8 @@
     python -m cityrag_jax.survey --city=DIR [--path=walk.geojson] --out=DIR
 
 Needs no weights. OUT will hold city.json (drives, spacing, heights, headings against
-course, pairs, licences) and city.png; with a path also path.json (how much of it is
+course, pairs, licences), city.png and lacking.geojson (streets that need one more pass
+to be trained on); with a path also path.json (how much of it is
 captured, how near, by which drives and when), path.png, conditions.mp4 (the views that
 a video along the path is built on) and contacts.jpg, some of them with their place.
 """
@@ -20,23 +21,29 @@ from cityrag_jax import report
 from cityrag_jax.commands import Command
 from cityrag_jax.data import inventory
 from cityrag_jax.data.clips import ClipConfig, show_views
-from cityrag_jax.data.pairs import Pairs, load_pairs
+from cityrag_jax.data.pairs import PAIRS, Pairs, load_pairs
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import write_image, write_video
+from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.grounding import WAYS, Views, ground_path
 from cityrag_jax.geo.matching import Costs, Match, match_path
+from cityrag_jax.geo.path_files import format_lines
+from cityrag_jax.geo.revisits import join_steps
 
 NEAR_M = (2, 5, 10)
 CONTACTS, CONTACT_WIDTH = 12, 320
+NAMED = 3  # neighbourhoods
 
 
 def survey_city(city: City, out: Path) -> dict[str, Any]:
-    """Write city.json and city.png."""
+    """Write city.json, city.png, and lacking.geojson: what was driven at one time."""
     pairs = None
-    if (city.folder / "pairs.npz").exists():
+    if (city.folder / PAIRS).exists():
         pairs = load_pairs(city.folder)
     facts = inventory.count_city(city, pairs)
+    facts["streets"], lacking = _streets(city)
+    report.write_text(out / "lacking.geojson", lacking)
     facts["look_at"] = inventory.find_doubts(facts)
     report.write_text(out / "city.json", json.dumps(facts, indent=1) + "\n")
     edges = city.index.drive_edges
@@ -44,6 +51,17 @@ def survey_city(city: City, out: Path) -> dict[str, Any]:
     times_s = city.captures.time_s[edges[:-1]].tolist()
     report.draw_drives(out / "city.png", _drives(city), times_s, begins_m)
     return facts
+
+
+def _streets(city: City) -> tuple[dict[str, Any], str]:
+    """Give figures of the streets, and the lines of those driven at one time alone."""
+    found = inventory.find_streets(city)
+    lines, facts = [], []
+    for rows in join_steps(found, found.times < 2):
+        latitude, longitude, _ = geodetic_from_ecef(city.index.position_m[rows])
+        lines.append(np.stack([latitude, longitude], -1))
+        facts.append({"drive": int(city.captures.drive[rows[0]]), "times": 1})
+    return inventory.count_streets(city, found), format_lines(lines, facts)
 
 
 def survey_path(
@@ -122,10 +140,27 @@ def describe_city(facts: dict[str, Any]) -> str:
         f"  {spacing_m['median']} m apart (95 % below {spacing_m['percentile_95']} m), "
         f"{facts['standing_share']:.0%} standing, {facts['gaps']} gaps",
         f"  {facts['seen_twice_share']:.0%} of places captured at two times; {pairs}",
+        _describe_streets(facts["streets"]),
         *(_describe_source(source) for source in facts["sources"]),
         *(f"  look at: {doubt}" for doubt in facts["look_at"]),
     ]
     return "\n".join(lines)
+
+
+def _describe_streets(streets: dict[str, Any]) -> str:
+    told = (
+        f"  {streets['kilometres']} km of streets, {streets['at_two_times_km']} km at "
+        "two times or more"
+    )
+    if not streets["lacking_a_pass_km"]:
+        return told
+    parts = streets["lacking_by_neighbourhood_km"]
+    most = sorted(parts, key=parts.get, reverse=True)[:NAMED]
+    where = ", ".join(f"{parts[k]} km in neighbourhood {k}" for k in most)
+    return (
+        f"{told}; one more pass of {streets['lacking_a_pass_km']} km would pair them "
+        f"all: {where} (lacking.geojson)"
+    )
 
 
 def describe_path(facts: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ with the same command, it goes on from the last whole checkpoint, as if nothing 
 happened; SIGTERM and Ctrl-C save first and exit with 143 and 130. DIR will hold:
 
     config.json      the config; another one is refused
-    lock.json        while it trains: another training there is refused
+    lock/            while it trains: another training there is refused
     base/            what training does not change: autoencoder, prompt, the frozen
     checkpoints/     the last few, each a folder named after its step
     metrics.jsonl    losses and speed
@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import TRUST, TrainingCheckpoints, save_bundle, trust
 from cityrag_jax.commands import Command
+from cityrag_jax.leases import FolderLock
 from cityrag_jax.parallel import (
     DISTRIBUTED,
     fetch,
@@ -55,7 +56,6 @@ from cityrag_jax.training.examples import (
 )
 from cityrag_jax.training.grace import describe_grace
 from cityrag_jax.training.latents import Latents, describe_latents
-from cityrag_jax.training.lock import WorkdirLock
 from cityrag_jax.training.log import (
     NoLog,
     TrainingLog,
@@ -68,6 +68,7 @@ from cityrag_jax.training.optimizer import OptimizerConfig, learning_rate_schedu
 from cityrag_jax.training.origin import trained_on
 from cityrag_jax.training.profile import Profile, parse_steps
 from cityrag_jax.training.program import Program, make_program
+from cityrag_jax.training.samples import sample_videos, shows_videos
 from cityrag_jax.training.schedule import Schedule, Signals, Stopped, describe_stop
 from cityrag_jax.training.speed import Stopwatch, count_operations, describe_speed
 from cityrag_jax.training.start import (
@@ -96,7 +97,7 @@ def train(config: ConfigDict, workdir: Path | str, profile: range = range(0)) ->
     check_config(config)
     sources = open_cities(config.data.city)
     mesh = training_mesh(config)
-    lock = WorkdirLock(workdir)
+    lock = FolderLock(workdir)
     on_writer(lock.take)
     try:
         on_writer(lambda: claim_workdir(workdir, config))
@@ -197,9 +198,18 @@ class _Training:
             return update(state, frozen, encoders, batch)
 
         with self._open_log(first) as log, watchdog:
+
+            def show(state, step):
+                """Let TensorBoard play what the model makes of held-out clips."""
+                watchdog.at("sampling held-out clips")
+                params = frozen | (state.ema or state.params)
+                given = config, program, params, encoders, held_out[0]
+                log.show(step, sample_videos(*given), config.sample.fps)
+
             log.write(first, held)
             announce(f"training from step {first}, to {config.train.steps}")
-            state, last = self._update(state, call, measure, batches, log)
+            looks = measure, show if shows_videos(config) else None
+            state, last = self._update(state, call, looks, batches, log)
         announce(f"held-out loss {(last or held)['held_out']:.4f}; writing the model")
         params = frozen | (state.ema or state.params)
         path = self._finish(params, encoders)
@@ -210,11 +220,15 @@ class _Training:
         self,
         state: TrainState,
         call: Callable[[TrainState], tuple[TrainState, Metrics]],
-        measure: Callable[[TrainState], dict[str, float]],
+        looks: tuple[Callable[[TrainState], dict[str, float]], Callable | None],
         batches: Waiting,
         log: NoLog,
     ) -> tuple[TrainState, dict[str, float]]:
-        """Make updates until the last; give the state and its held-out losses."""
+        """Make updates until the last; give the state and its held-out losses.
+
+        `looks` measures these and, if there are to be any, shows videos of them.
+        """
+        measure, show = looks
         config, step, held = self.config, int(state.step), {}
         end_of_first, warned = step + config.train.updates_per_call, False
         losses, watch = Losses(config.train.patience, config.train.spike), Stopwatch()
@@ -244,6 +258,8 @@ class _Training:
                     with watch.paused():
                         if due.evaluate:
                             report |= (held := measure(state))
+                            if show is not None:
+                                show(state, step)
                         log.report(step, report, schedule.spent)
                         if due.save and losses.healthy:
                             given = state, self.checkpoints, step, config.seed

@@ -56,6 +56,7 @@ def _gpu() -> ConfigDict:
             dim_mult=(1, 2, 4, 4),
             num_res_blocks=2,
             temporal_downsample=(False, True, True),
+            patch=1,
             dtype="bfloat16",
         )
     )

@@ -160,9 +160,9 @@ def test_a_second_training_in_a_workdir_is_refused(folder):
     assert f"process {first.pid} on" in second.stderr and second.returncode == 2
     first.kill()
     first.wait()
-    assert (folder / "locked" / "lock.json").exists()
+    assert (folder / "locked" / "lock").exists()
     run(folder, "locked", (1, 1, 1), 1, **long, train__max_seconds=1e-3)
-    assert not (folder / "locked" / "lock.json").exists()
+    assert not (folder / "locked" / "lock").exists()
 
 
 def wait_for_step(workdir, step):

@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
-    {"geo", "diffusion", "batch", "flops", "chips", "int8"},
+    {"geo", "diffusion", "batch", "flops", "chips", "int8", "progress"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report", "importers"},
-    {"sampling", "generator", "rollout", "recording", "request", "jobs"}
-    | {"plan", "training", "commands"},
+    {"sampling", "generator", "rollout", "recording", "request", "jobs", "scores"}
+    | {"plan", "training", "commands", "leases"},
     {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},
     {"demo"},  # which goes through all doors
 ]

@@ -199,6 +199,12 @@ def test_i2v_14b_at_480p_is_1_45_petaflop():
             ),
             (5, 16, 24),
         ),
+        (
+            VAEConfig(
+                base_dim=4, dim_mult=(1, 2), temporal_downsample=(True,), patch=4
+            ),
+            (5, 16, 24),
+        ),
         (VAEConfig(), (73, 480, 832)),
         (VAEConfig(), (1, 480, 832)),
     ],

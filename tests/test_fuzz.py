@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import synthetic_city
 from safetensors.numpy import save_file
@@ -82,23 +84,30 @@ def mangle_json(value, rng: Rng):
     return ODD[rng.integers(len(ODD))]
 
 
-def mangle_columns(columns: dict, rng: Rng) -> dict:
-    """Change a column's length, type, shape or some value, or leave it out."""
-    name = list(columns)[rng.integers(len(columns))]
-    x = columns[name]
-    kept = {n: v for n, v in columns.items() if n != name}
+def mangle_table(table: pa.Table, rng: Rng) -> pa.Table:
+    """Change a column's type, shape or some value, leave it out, or cut all short."""
+    place = int(rng.integers(table.num_columns))
+    name, column = table.column_names[place], table.column(place)
+    count, odd = len(column), ODD[rng.integers(len(ODD))]
     changed = [
-        x[:-1] if x.ndim else x + 1,
-        x.astype("U8"),
-        x[..., None],
-        x.astype(np.float64) * np.nan,
-        np.zeros(0),
-        np.array(x, object),
-        -x.astype(np.int64),
-        x.astype(np.float64) * 1e30,
+        pa.array(["x"] * count),
+        pa.array([[1.0, 2.0]] * count),
+        pa.array([[1.0] * 12] * count),
+        pa.nulls(count, column.type),
+        pa.array([float("nan")] * count),
+        pa.array([1e30] * count),
+        pa.array([-1] * count),
+        pa.array([2**60] * count),
+        pa.array([json.dumps(odd, default=str)] * count),
     ]
-    choice = int(rng.integers(len(changed) + 1))
-    return kept if choice == len(changed) else kept | {name: changed[choice]}
+    choice = int(rng.integers(len(changed) + 3))
+    if choice < len(changed):
+        return table.set_column(place, name, changed[choice])
+    if choice == len(changed):
+        return table.drop_columns([name])
+    if choice == len(changed) + 1:
+        return table.slice(0, int(rng.integers(count)))
+    return table.replace_schema_metadata(None)
 
 
 # What is read -------------------------------------------------------------------------
@@ -138,11 +147,12 @@ class CityColumns(Target):
     def mangled(self, rng):
         if rng.random() < 0.3:
             return super().mangled(rng)
-        with np.load(self.file) as stored:
-            columns = mangle_columns(dict(stored), rng)
-        made = self.folder / "made.npz"
-        np.savez(made, **columns)
-        return made.read_bytes()
+        table = mangle_table(pq.read_table(self.file), rng)
+        if rng.random() < 0.5:  # of who wrote this nonsense without our digest
+            table = table.replace_schema_metadata(None)
+        made = pa.BufferOutputStream()
+        pq.write_table(table, made)
+        return made.getvalue().to_pybytes()
 
     def read(self):
         city = City(self.folder)
@@ -228,8 +238,8 @@ def make_targets(folder: pathlib.Path) -> list[Target]:
     return [
         ModelConfig(folder / "model", "config.json"),
         CityHeader(folder / "city", "city.json"),
-        CityColumns(folder / "city", "captures.npz"),
-        CityPairs(folder / "city", "pairs.npz"),
+        CityColumns(folder / "city", "captures.parquet"),
+        CityPairs(folder / "city", "pairs.parquet"),
         Tensors(folder, "a.safetensors"),
         DrawnPath(folder, "path.geojson", city),
         DrawnPath(folder, "path.csv", city),

@@ -12,6 +12,7 @@ import tagged_pictures as tagged
 
 from cityrag_jax import survey
 from cityrag_jax.data import records
+from cityrag_jax.data.masks import hide
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama
@@ -19,10 +20,11 @@ from cityrag_jax.geo.matching import match_path
 from cityrag_jax.geo.neighbourhoods import cluster_places
 from cityrag_jax.geo.poses import level_from_tilted
 from cityrag_jax.geo.trajectory import headings
-from cityrag_jax.importers import folder, recordings
+from cityrag_jax.importers import cities, folder, recordings
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "build_city.py"
 MORNING, EVENING = 1.7e9, 1.7e9 + 40_000.0
+NOBODY, MAKING = recordings.Origin("CC0-1.0", "nobody"), cities.Making("x")
 WHOSE = ("--licence=CC-BY-4.0", "--attribution=those who drove")
 DRIVES = [
     synthetic.line([0, -20, 2], 0, 24, spacing=1.0),
@@ -142,13 +144,13 @@ def test_the_report_tells_mounts_and_what_was_skipped(city, capsys):
     assert "convert them to JPEG" in skipped["morning/IMG_9999.HEIC"]
     assert "not a readable picture" in skipped["morning/broken.jpg"]
     assert "no panorama, which is twice as wide as high" in skipped["dinner.jpg"]
-    said = folder.describe_import(report)
+    said = cities.describe_import(report)
     assert "camera 90 degrees right of the course" in said
     assert "skipped 1, HEIC" in said
 
 
 def test_pairs_are_mined_and_a_path_is_found(city, tmp_path):
-    assert (city.folder / "pairs.npz").exists()
+    assert (city.folder / "pairs.parquet").exists()
     facts = survey.survey_city(city, tmp_path)
     assert facts["pairs"] > 0 and facts["drives"] == 2
     walk = ecef_from_enu(*synthetic.ANCHOR) @ synthetic.line([0.4, -15, 2], 0, 12, 1.0)
@@ -188,8 +190,8 @@ def test_a_picture_that_turns_out_damaged_is_left_out(tmp_path):
     path = tmp_path / "in" / "IMG_0002.JPG"
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index(b"\xff\xda")])  # the head alone
-    source = folder.Source(tmp_path / "in", "x", "CC0-1.0", "nobody")
-    city, report = folder.import_folder(source, tmp_path / "out")
+    source = folder.Source(tmp_path / "in", NOBODY)
+    city, report = folder.import_folder(source, MAKING, tmp_path / "out")
     assert len(city) == report["pictures"] == 5
     assert report["skipped"] == {"1 not decoded": ["IMG_0002.JPG"]}
 
@@ -208,10 +210,8 @@ def test_a_track_places_pictures_without_gps(tmp_path):
     for k in range(12):
         grey = np.full((64, 128, 3), 90, np.uint8)
         tagged.save(tmp_path / "in" / f"{k:02d}.png", grey, time_s=MORNING - 3 + k)
-    source = folder.Source(
-        tmp_path / "in", "x", "CC0-1.0", "nobody", poses=track, clock_s=3.0
-    )
-    city, report = folder.import_folder(source, tmp_path / "out")
+    source = folder.Source(tmp_path / "in", NOBODY, poses=track, clock_s=3.0)
+    city, report = folder.import_folder(source, MAKING, tmp_path / "out")
     truth = ecef_from_enu(*synthetic.ANCHOR) @ synthetic.line([0, 0, 2], 45, 12, 2.0)
     got = city.captures.ecef_from_camera
     assert np.linalg.norm((got - truth)[:, :3, 3], axis=1).max() < 0.01
@@ -245,8 +245,8 @@ def test_a_pose_file_names_its_pictures(tmp_path, kind):
             place = f"{row['MAPLatitude']};{row['MAPLongitude']};10,0"
             lines.append(f"{k}.jpg;{place};2023-11-14T22:13:{20 + k}.5Z;522")
         poses.write_text("\n".join(lines))
-    source = folder.Source(tmp_path / "in", "x", "CC0-1.0", "nobody", poses=poses)
-    city, _ = folder.import_folder(source, tmp_path / "out")
+    source = folder.Source(tmp_path / "in", NOBODY, poses=poses)
+    city, _ = folder.import_folder(source, MAKING, tmp_path / "out")
     assert city.captures.time_s.tolist() == [MORNING + 0.5 + k for k in range(5)]
     turned = np.rad2deg(headings(city.captures.ecef_from_camera))
     np.testing.assert_allclose(turned, 10.0, atol=1e-6)
@@ -261,9 +261,9 @@ def shots(place_m, time_s, heading=np.nan, names=None):
     latitude, longitude, height_m = geodetic_from_ecef(ecef[:, :3, 3])
     names = names or tuple(f"{k:04d}.jpg" for k in range(count))
     headings_deg = np.broadcast_to(np.asarray(heading, float), count).copy()
-    return recordings.Shots(
-        names, np.asarray(time_s, float), latitude, longitude, height_m, headings_deg
-    )
+    level, seconds = np.zeros(count), np.asarray(time_s, float)
+    pose = (latitude, longitude, height_m, headings_deg, level, level)
+    return recordings.Shots(names, seconds, *pose, (NOBODY,) * count)
 
 
 def test_drives_end_at_gaps_of_time_and_place_and_at_folders():
@@ -273,7 +273,7 @@ def test_drives_end_at_gaps_of_time_and_place_and_at_folders():
     seconds[10:] += 1000
     names = tuple(f"{'a' if k < 20 else 'b'}/{k:02d}.jpg" for k in range(40))
     captures, chosen, report = recordings.make_captures(
-        shots(north, seconds, names=names), recordings.Cuts(), False
+        shots(north, seconds, names=names), recordings.Cuts()
     )
     assert [d["captures"] for d in report["by_drive"]] == [10, 10, 10, 10]
     assert chosen.tolist() == list(range(40))
@@ -284,7 +284,7 @@ def test_spacing_thins_dense_drives_and_refuses_sparse_ones():
     line = np.stack([np.zeros(60), 0.25 * np.arange(60)], -1)
     given = shots(line, 1.7e9 + np.arange(60))
     captures, chosen, report = recordings.make_captures(
-        given, recordings.Cuts(spacing_m=1.0), False
+        given, recordings.Cuts(spacing_m=1.0)
     )
     assert chosen.tolist() == list(range(0, 60, 4)) and len(captures) == 15
     assert len(report["skipped"]["nearer than 1 m to the one before"]) == 45
@@ -293,7 +293,7 @@ def test_spacing_thins_dense_drives_and_refuses_sparse_ones():
         recordings.Cuts(spacing_m=1.0),
     )
     with pytest.raises(ValueError, match="5 m apart, wider than the 1 m wanted"):
-        recordings.make_captures(sparse, cuts, False)
+        recordings.make_captures(sparse, cuts)
 
 
 def test_headings_by_course_keep_the_mount_that_noisy_ones_agree_on(rng):
@@ -302,13 +302,13 @@ def test_headings_by_course_keep_the_mount_that_noisy_ones_agree_on(rng):
     noisy = 90 - 40 + rng.normal(0, 15, 50)
     given = shots(line, 1.7e9 + np.arange(50), noisy)
     cuts = recordings.Cuts(headings="course")
-    captures, _, report = recordings.make_captures(given, cuts, False)
+    captures, _, report = recordings.make_captures(given, cuts)
     assert report["by_drive"][0]["mount_deg"] == pytest.approx(-40, abs=6)
     turned = np.rad2deg(headings(captures.ecef_from_camera))
     np.testing.assert_allclose(turned, 50.0, atol=6)
     assert np.ptp(turned) < 1e-3
     cuts = recordings.Cuts(headings="course", mount_deg=180.0)
-    captures, _, _ = recordings.make_captures(given, cuts, False)
+    captures, _, _ = recordings.make_captures(given, cuts)
     np.testing.assert_allclose(
         np.rad2deg(headings(captures.ecef_from_camera)), -90.0, atol=1e-3
     )
@@ -316,9 +316,9 @@ def test_headings_by_course_keep_the_mount_that_noisy_ones_agree_on(rng):
 
 def test_a_picture_alone_needs_a_heading():
     with pytest.raises(ValueError, match="None of 1 pictures can be given a heading"):
-        recordings.make_captures(shots([(0, 0)], [1.7e9]), recordings.Cuts(), False)
+        recordings.make_captures(shots([(0, 0)], [1.7e9]), recordings.Cuts())
     captures, _, _ = recordings.make_captures(
-        shots([(0, 0)], [1.7e9], 20.0), recordings.Cuts(), False
+        shots([(0, 0)], [1.7e9], 20.0), recordings.Cuts()
     )
     assert len(captures) == 1
 
@@ -381,3 +381,31 @@ def test_streets_of_equal_length_become_neighbourhoods():
     assert numbers.max() == 3
     with pytest.raises(ValueError, match="9 neighbourhoods of 1 places"):
         cluster_places(np.zeros((5, 3)), 9)
+
+
+def test_masked_parts_are_blurred_before_they_are_written(tmp_path):
+    """What has a mask counts as anonymised, and how many have none is told."""
+    photograph(tmp_path / "in", DRIVES[0][:3], MORNING)
+    masks = tmp_path / "masks"
+    with pytest.raises(ValueError, match="is no folder of masks"):
+        cities.find_masks(masks, ("a.jpg",))
+    mask = np.zeros((32, 64), np.uint8)
+    mask[12:16, 10:14] = 255
+    tagged.save(masks / "IMG_0001.png", mask)
+    with pytest.raises(ValueError, match="no mask for any of 1 pictures"):
+        cities.find_masks(masks, ("other.jpg",))
+    source, making = folder.Source(tmp_path / "in", NOBODY), cities.Making("x")
+    plain, _ = folder.import_folder(source, making, tmp_path / "plain")
+    making = cities.Making("x", masks=masks)
+    city, report = folder.import_folder(source, making, tmp_path / "blurred")
+    assert city.captures.anonymised.tolist() == [False, True, False]
+    assert "2 of 3 pictures have no mask in masks/: not blurred" in report["notes"]
+    shown, before = city.panorama(1), plain.panorama(1)
+    assert np.any(shown[24:32, 20:28] != before[24:32, 20:28])
+    np.testing.assert_array_equal(shown[:, 64:], before[:, 64:])
+    np.testing.assert_array_equal(city.panorama(0), plain.panorama(0))
+    noise = np.random.default_rng(0).integers(0, 256, (320, 640, 3), np.uint8)
+    hidden = hide(noise, mask > 0)
+    blocks = np.unique(hidden[120:160, 104:136].reshape(-1, 3), axis=0)
+    assert len(blocks) == 5 * 4 and blocks.std() < 20  # of 8 x 8 pixels each
+    np.testing.assert_array_equal(hidden[:115], noise[:115])

@@ -5,9 +5,6 @@ The model is a painter here: what it paints depends on all that a clip is made o
 
 import dataclasses
 import json
-import os
-import socket
-import time
 
 import numpy as np
 import pytest
@@ -16,14 +13,13 @@ import training_city
 from test_train import get_config
 
 from cityrag_jax import generate as door
+from cityrag_jax import leases as leasing
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import write_image
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
-from cityrag_jax.jobs import leases as leasing
 from cityrag_jax.jobs import run as running
 from cityrag_jax.jobs.check import check_jobs, describe_check, summarise
 from cityrag_jax.jobs.folder import JobsFolder, read_record
-from cityrag_jax.jobs.leases import Leases
 from cityrag_jax.jobs.lines import read_lines
 from cityrag_jax.jobs.run import Model, run_jobs
 from cityrag_jax.request import Order
@@ -163,51 +159,6 @@ def test_no_two_jobs_share_noise(city):
     assert len(seeds) == 1000 and max(seeds) >= 2**63
     (a,), (b,) = (write_list(city, [{"id": "a", "seed": s}]) for s in (0, 1))
     assert a.noise_seed() != b.noise_seed()
-
-
-def test_a_lease_is_one_holders_until_it_is_released(tmp_path):
-    ours, theirs = Leases(tmp_path), Leases(tmp_path)
-    assert ours.take("a") and not ours.take("a") and ours.holds("a")
-    with pytest.MonkeyPatch.context() as patch:  # as another living process sees it
-        patch.setattr(leasing, "is_running", lambda pid: True)
-        assert not theirs.take("a") and theirs.take("b")
-        assert set(theirs.holders()) == {"a", "b"}
-        ours.release("a", settled=False)
-        assert set(theirs.holders()) == {"b"}
-        assert theirs.take("a") and theirs.number("a") == 1
-    theirs.release("a", settled=True)
-    theirs.close()
-    assert [f.name for f in tmp_path.iterdir()] == ["b.000000"]
-
-
-def test_the_lease_of_the_dead_is_taken_over_once(tmp_path, monkeypatch):
-    """At once where the process is known to be dead, else after patience."""
-    monkeypatch.setattr(leasing, "PATIENCE_S", 0.2)
-    dead = {"host": "elsewhere", "pid": 1, "machine": "elsewhere"}
-    (tmp_path / "a.000004").write_text(json.dumps(dead))
-    ours, theirs = Leases(tmp_path), Leases(tmp_path)
-    assert not ours.take("a") and not theirs.take("a")  # it might live
-    os.utime(tmp_path / "a.000004", (1, 1))  # and does
-    time.sleep(0.25)
-    assert not ours.take("a")
-    time.sleep(0.25)
-    assert ours.take("a") and ours.number("a") == 5
-    monkeypatch.setattr(leasing, "is_running", lambda pid: True)
-    assert not theirs.take("a")
-    here = {"host": socket.gethostname(), "pid": 2**22 + 1}
-    here["machine"] = leasing._machine()
-    (tmp_path / "b.000000").write_text(json.dumps(here))
-    monkeypatch.undo()
-    assert ours.take("b")
-
-
-def test_a_holder_that_was_suspended_learns_that_it_lost(tmp_path):
-    ours = Leases(tmp_path)
-    assert ours.take("a")
-    (tmp_path / "a.000001").write_text("{}")
-    assert not ours.holds("a")
-    ours.release("a", settled=False)
-    assert (tmp_path / "a.000001").read_text() == "{}"
 
 
 def test_all_that_can_be_done_is_done_and_the_rest_told(city, painted, tmp_path):

@@ -84,6 +84,12 @@ def _saves(workdir):
     return whole, [n for n in names if not n.isdigit()]
 
 
+def _left(workdir):
+    """Say what a kill left: whole saves, and whether one was being written."""
+    whole, unfinished = _saves(workdir)
+    return f"saved {whole}, unfinished {unfinished}"
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
     """The truth, for a training from a pool and one from a stream."""
@@ -97,7 +103,8 @@ def uninterrupted(folder):
     [
         pytest.param(16, 3, marks=pytest.mark.long),
         pytest.param(0, 3, marks=pytest.mark.long),
-        pytest.param(16, 50, marks=pytest.mark.faults),
+        # Half an hour on two idle cores.
+        pytest.param(16, 50, marks=[pytest.mark.faults, pytest.mark.timeout(14_400)]),
     ],
 )
 def test_killed_at_random_moments(uninterrupted, pool, kills):
@@ -119,6 +126,7 @@ def test_killed_at_random_moments(uninterrupted, pool, kills):
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
             done += 1
+            print(f"kill {done}, {_left(workdir)}", flush=True)
             continue
         assert process.returncode == 0
         assert _digests(workdir) == _digests(folder / f"whole{pool}")
@@ -173,7 +181,7 @@ def test_told_to_stop_it_saves_the_running_step_and_says_so(
     (step,) = _saves(workdir)[0]
     assert 3 <= step < STEPS
     assert said.splitlines()[-1].startswith(f"{number.name}: saved step {step}; the")
-    assert "Traceback" not in said and not (workdir / "lock.json").exists()
+    assert "Traceback" not in said and not (workdir / "lock").exists()
     _finish(folder, workdir, 16, **rare)
     assert _digests(workdir) == _digests(folder / "whole16")
 
@@ -222,4 +230,4 @@ def test_a_fault_of_disk_or_worker_ends_it_in_one_message(folder, fault, told, c
     if fault is not _remove_checkpoints:
         with TrainingCheckpoints(workdir / "checkpoints") as checkpoints:
             assert checkpoints.read_notes()["next_batch"] == checkpoints.steps[-1]
-    assert not (workdir / "lock.json").exists()
+    assert not (workdir / "lock").exists()

@@ -7,7 +7,9 @@ import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax.data import pairs as mining
+from cityrag_jax.data.columns import write_columns
 from cityrag_jax.data.pairs import PairConfig, Pairs
+from cityrag_jax.data.provenance import number_captures
 
 SMALL = PairConfig(
     num_frames=20, stride=5, min_condition=18, min_gap_s=3600.0, held_out=()
@@ -197,15 +199,23 @@ def test_errors_name_the_city_the_parameters_and_the_nearest_miss(rng):
 
 
 def test_pairs_come_back_from_disk(tmp_path, rng):
-    found = mining.mine_pairs(synthetic.columns(street_drives(rng)), "street", SMALL)
-    with pytest.raises(ValueError, match="pairs.npz is missing; mine pairs with"):
+    captures = synthetic.columns(street_drives(rng))
+    found = mining.mine_pairs(captures, "street", SMALL)
+    provenance = number_captures(captures)
+    write_columns(tmp_path, synthetic.header(), captures, provenance)
+    with pytest.raises(ValueError, match="pairs.parquet is missing; mine pairs with"):
         mining.load_pairs(tmp_path)
     mining.save_pairs(tmp_path, found)
     again = mining.load_pairs(tmp_path)
     assert as_set(again) == as_set(found) and again.num_frames == 20
-    assert [p.name for p in tmp_path.iterdir()] == ["pairs.npz"]
-    (tmp_path / "pairs.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="pairs.npz is damaged"):
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["captures.parquet", "pairs.parquet"]
+    other = dataclasses.replace(captures, neighbourhood=captures.drive)
+    write_columns(tmp_path, synthetic.header(), other, provenance)
+    with pytest.raises(ValueError, match="mined from other captures .*mine pairs aga"):
+        mining.load_pairs(tmp_path)
+    (tmp_path / "pairs.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="pairs.parquet is damaged"):
         mining.load_pairs(tmp_path)
 
 

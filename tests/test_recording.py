@@ -78,7 +78,7 @@ def test_all_files_are_written_and_say_what_was_used(city, job, whole):
     assert shown == [[0, 4], [5, 8], [9, 9], [10, 13]]
     for clip, views in zip(sidecar["clips"], job.views, strict=True):
         (kind,) = clip["captures"]
-        assert kind["ids"] == views.captures.tolist()
+        assert kind["ids"] == city.provenance.select(views.captures).id.to_pylist()
         assert (kind["licence"], kind["attribution"]) == ("CC0-1.0", "nobody")
         assert clip["seconds"] >= 0
 
@@ -160,12 +160,12 @@ def test_a_folder_with_another_video_is_refused(job, whole, tmp_path, finished):
     out = whole if finished else tmp_path
     if not finished:
         record(out, job, Painter(), 1)
-    before = sorted(path.name for path in out.iterdir() if path.name != "lock.json")
+    before = sorted(path.name for path in out.iterdir() if path.name != "lock")
     with pytest.raises(ValueError, match="seed is 3 there, 4 here.* another --out"):
         record(out, dataclasses.replace(job, seed=4), Painter())
     with pytest.raises(ValueError, match="holds another video: weights is abc there"):
         record(out, job, Painter(), facts={"weights": "x"})
-    after = sorted(path.name for path in out.iterdir() if path.name != "lock.json")
+    after = sorted(path.name for path in out.iterdir() if path.name != "lock")
     assert before == after
 
 

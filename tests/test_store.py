@@ -15,6 +15,7 @@ import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax.data import records, store
+from cityrag_jax.data.columns import write_columns
 from cityrag_jax.data.store import City, write_city
 from cityrag_jax.geo import panorama
 
@@ -174,15 +175,15 @@ def test_missing_and_damaged_files_are_named(city, tmp_path):
     with pytest.raises(ValueError, match="is not a city"):
         City(tmp_path)
     folder = copy_of(city, tmp_path)
-    (folder / "captures.npz").write_bytes(b"PK nonsense")
-    with pytest.raises(ValueError, match="captures.npz is damaged"):
+    (folder / "captures.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(ValueError, match="captures.parquet is damaged"):
         City(folder)
-    (folder / "captures.npz").unlink()
-    with pytest.raises(ValueError, match="captures.npz is missing"):
+    (folder / "captures.parquet").unlink()
+    with pytest.raises(ValueError, match="captures.parquet is missing"):
         City(folder)
     document = json.loads((folder / "city.json").read_text())
     (folder / "city.json").write_text(json.dumps({**document, "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this program reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this program reads 2"):
         City(folder)
     (folder / "city.json").write_text("{")
     with pytest.raises(ValueError, match="city.json is damaged"):
@@ -191,9 +192,9 @@ def test_missing_and_damaged_files_are_named(city, tmp_path):
 
 def test_poses_and_stored_panoramas_must_agree_on_opening(city, tmp_path):
     folder = copy_of(city, tmp_path)
-    with np.load(folder / "captures.npz") as stored:
-        shorter = {name: column[:5] for name, column in stored.items()}
-    np.savez(folder / "captures.npz", **shorter)
+    five = np.arange(7) < 5
+    provenance = city.provenance.select(five)
+    write_columns(folder, city.header, city.captures.select(five), provenance)
     with pytest.raises(ValueError, match="holds 7 panoramas but 5 poses"):
         City(folder)
     for path in (folder / "panoramas" / records.VERSION).glob("*array_record*"):
@@ -306,7 +307,7 @@ def test_a_writing_that_was_stopped_goes_on_behind_its_last_whole_file(
 
 def test_two_processes_do_not_write_one_city(tmp_path):
     (tmp_path / ".city.writing").mkdir()
-    with store._sole_writer(tmp_path / ".city.writing"):
+    with store.sole_writer(tmp_path / ".city.writing"):
         with pytest.raises(ValueError, match="being written by another process"):
             write(tmp_path / "city")
 

@@ -58,6 +58,14 @@ def test_a_turn_is_surveyed_from_the_command_line(city, tmp_path, capsys):
     assert facts["share_within"]["5_m"] == 1.0
     assert facts["views"] == facts["poses"] == pytest.approx(59, abs=3)
     assert facts["captured"] == ["2023-11-14", "2023-11-16"]
+    streets = json.loads((out / "city.json").read_text())["streets"]
+    # Of two streets of 80 m one was driven on two days, and they meet in the middle.
+    assert streets["kilometres"] == pytest.approx(0.15, abs=0.012)
+    assert streets["lacking_a_pass_km"] == pytest.approx(0.06, abs=0.005)
+    lacking_km = streets["lacking_a_pass_km"]
+    assert f"one more pass of {lacking_km} km would pair them all" in said
+    lacking = json.loads((out / "lacking.geojson").read_text())["features"]
+    assert [line["properties"]["drive"] for line in lacking] == [2, 2]
     frames, fps = read_video(out / "conditions.mp4")
     assert frames.shape == (facts["views"], 32, 64, 3) and fps == 10
     # A pixel of this city shows its direction: red is east, green is north.

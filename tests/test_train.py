@@ -816,7 +816,7 @@ def test_missing_inputs_are_refused_with_the_remedy(folder, config, tmp_path):
     with pytest.raises(ValueError, match="configs/toy_vae.py"):
         trainer.train(changed, tmp_path / "b")
     shutil.copytree(folder / "city", tmp_path / "city")
-    (tmp_path / "city" / "pairs.npz").unlink()
+    (tmp_path / "city" / "pairs.parquet").unlink()
     changed.data.city = str(tmp_path / "city")
     with pytest.raises(ValueError, match="mine pairs"):
         trainer.train(changed, tmp_path / "c")

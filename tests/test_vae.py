@@ -13,12 +13,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from cityrag_jax.convert import load_vae
-from cityrag_jax.model.vae import (
-    ChannelNorm,
-    VAEConfig,
-    WanVAE,
-    _run_until_still,
-)
+from cityrag_jax.model.vae import VAEConfig, WanVAE, _run_until_still
+from cityrag_jax.model.vae_layers import ChannelNorm
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = VAEConfig(base_dim=8)
@@ -225,7 +221,8 @@ def test_streamed_memory_does_not_grow_with_the_video():
         assert abs(long - short) < 0.05 * short
 
 
-def test_other_sizes_equal_diffusers(tmp_path, rng):
+@pytest.mark.parametrize("patch", [1, 2])
+def test_other_sizes_equal_diffusers(tmp_path, rng, patch):
     """Random weights of another depth, width and time stride; nothing left at zero."""
     sizes = dict(base_dim=4, z_dim=6, num_res_blocks=1)
     torch.manual_seed(0)
@@ -233,6 +230,9 @@ def test_other_sizes_equal_diffusers(tmp_path, rng):
         **sizes,
         dim_mult=[1, 3, 2],
         temperal_downsample=[False, True],
+        patch_size=patch if patch > 1 else None,
+        in_channels=3 * patch**2,
+        out_channels=3 * patch**2,
         latents_mean=[0.0] * 6,
         latents_std=[1.0] * 6,
     ).eval()
@@ -247,12 +247,13 @@ def test_other_sizes_equal_diffusers(tmp_path, rng):
         **sizes,
         dim_mult=(1, 3, 2),
         temporal_downsample=(False, True),
+        patch=patch,
         latent_mean=mean,
         latent_std=std,
     )
     ours = load_vae(path, config)
 
-    video = rng.uniform(-1, 1, (1, 3, 5, 12, 16)).astype(np.float32)
+    video = rng.uniform(-1, 1, (1, 3, 5, 16, 24)).astype(np.float32)
     with torch.no_grad():
         expected = theirs.encode(torch.from_numpy(video)).latent_dist.mode()
         decoded = theirs.decode(expected).sample

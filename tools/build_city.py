@@ -2,12 +2,19 @@
 
     python tools/build_city.py --source=folder --from=DIR --out=DIR \\
         --licence=CC-BY-4.0 --attribution="who took them"
+    python tools/build_city.py --source=video --from=FILE.mp4 --poses=TRACK.gpx ...
+    python tools/build_city.py --source=panoramax --bbox=W,S,E,N --out=DIR
+    MAPILLARY_ACCESS_TOKEN=... python tools/build_city.py --source=mapillary --bbox=...
     python tools/build_city.py --toy=paris --out=DIR [--preset=gpu] [--height=512]
     python tools/build_city.py --mine=DIR [--num-frames=73]
 
 A folder holds equirectangular pictures with EXIF GPS and, if known, GPano's heading,
-pitch and roll; --poses gives them otherwise. Killed, the same command goes on. Toy
-cities are rendered; sizes of their plan given one by one override the preset.
+pitch and roll; --poses gives them otherwise. Of a video (or a folder of them) frames
+are taken by distance along the track; when it began is found by speed, or
+--clock-offset-s says how far its clock is off. Services are asked once: what they list
+and their pictures are kept in --from, by default beside the city. Killed, the same
+command goes on. Toy cities are rendered; sizes of their plan given one by one override
+the preset.
 """
 
 import argparse
@@ -15,11 +22,17 @@ from pathlib import Path
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data import build
-from cityrag_jax.data.pairs import load_pairs
+from cityrag_jax.data.pairs import PAIRS, load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
-from cityrag_jax.importers.folder import Source, describe_import, import_folder
-from cityrag_jax.importers.recordings import HEADINGS, Cuts
+from cityrag_jax.importers.cities import Making, describe_import
+from cityrag_jax.importers.film import Source as Film
+from cityrag_jax.importers.film import import_film
+from cityrag_jax.importers.folder import Source, import_folder
+from cityrag_jax.importers.mapillary import GROUPS
+from cityrag_jax.importers.recordings import HEADINGS, Cuts, Origin
+from cityrag_jax.importers.services import SERVICES, import_service, open_service
+from cityrag_jax.importers.web import Client
 from cityrag_jax.parallel import keep_compilations
 
 PLAN = {
@@ -42,8 +55,18 @@ LIMITS = {
 }
 
 COMMAND = Command(__doc__)
-COMMAND.takes("--source", choices=["folder"], help="import pictures")
+COMMAND.takes(
+    "--source",
+    choices=["folder", "video", *SERVICES],
+    help="import pictures from there",
+)
 COMMAND.takes("--from", dest="origin", type=Path, help="folder of the pictures")
+COMMAND.takes("--bbox", help="of a service: WEST,SOUTH,EAST,NORTH in degrees")
+COMMAND.takes("--collection", help="of panoramax: ids of sequences, by commas")
+COMMAND.takes("--api", help="of a service: its root, if not the public one")
+COMMAND.takes(
+    "--groups", choices=GROUPS, default=GROUPS[0], help="of mapillary: merge_cc"
+)
 COMMAND.takes("--toy", choices=sorted(ANCHORS), help="render this toy city")
 COMMAND.takes("--mine", type=Path, help="mine pairs of this city on disk")
 COMMAND.takes("--out", type=Path, help="folder of the new city")
@@ -59,10 +82,15 @@ COMMAND.takes("--licence", help="of the pictures, as SPDX names it")
 COMMAND.takes("--attribution", help="whom to name beside what is made of them")
 COMMAND.switch("--anonymised", "people and plates cannot be recognised in them")
 COMMAND.takes(
+    "--blur-masks", type=Path, help="masks NAME.png, white on what is to be blurred"
+)
+COMMAND.takes(
     "--poses", type=Path, help="their places: .csv, .gpx, mapillary_tools' .json"
 )
 COMMAND.takes(
-    "--clock-offset-s", type=float, default=0.0, help="added to the camera's times"
+    "--clock-offset-s",
+    type=float,
+    help="added to the camera's times; of pictures 0, of videos found by speed",
 )
 COMMAND.takes(
     "--spacing-m", type=float, default=0.0, help="least between captures; 0 keeps all"
@@ -89,7 +117,7 @@ def main(given: argparse.Namespace) -> None:
     """Build a city or mine one, and say what came of it."""
     keep_compilations()
     if sum(way is not None for way in (given.toy, given.mine, given.source)) != 1:
-        raise ValueError("Give one of --source=folder, --toy=NAME and --mine=DIR.")
+        raise ValueError("Give one of --source=NAME, --toy=NAME and --mine=DIR.")
     limits = {
         name: getattr(given, name)
         for name in ("num_frames", "held_out_fraction", "stride", *LIMITS)
@@ -105,7 +133,7 @@ def main(given: argparse.Namespace) -> None:
         city = make(given, limits)
         folder = city.folder
         print(f"{city.name}: {len(city)} panoramas in {folder}")
-    if not (folder / "pairs.npz").exists():
+    if not (folder / PAIRS).exists():
         return
     pairs = load_pairs(folder)
     print(
@@ -115,14 +143,7 @@ def main(given: argparse.Namespace) -> None:
 
 
 def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
-    """Import a folder of pictures, and mine its pairs where it has any."""
-    for name in ("origin", "licence", "attribution"):
-        if not getattr(given, name):
-            option = "from" if name == "origin" else name
-            raise ValueError(
-                f"--source={given.source} needs --{option}: licence and attribution "
-                "travel into every video that is made of the pictures."
-            )
+    """Import pictures, and mine their pairs where there are any."""
     cuts = Cuts(
         given.gap_s,
         given.gap_m,
@@ -132,25 +153,59 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
         given.declination_deg,
         given.neighbourhoods,
     )
-    source = Source(
-        given.origin,
-        given.out.name,
-        given.licence,
-        given.attribution,
-        anonymised=given.anonymised,
-        poses=given.poses,
-        clock_s=given.clock_offset_s,
-        height=given.height,
-        quality=given.quality,
-        cuts=cuts,
-    )
-    city, report = import_folder(source, given.out, overwrite=given.overwrite)
+    making = Making(given.out.name, given.height, given.quality, cuts, given.blur_masks)
+    bring = import_listed if given.source in SERVICES else import_owned
+    city, report = bring(given, making)
     print(describe_import(report))
     try:
         build.mine_city(city.folder, **limits)
     except ValueError as error:  # good for a video, though not for training
         print(f"  no pairs to train on: {error}")
     return city
+
+
+def import_owned(given: argparse.Namespace, making: Making) -> tuple[City, dict]:
+    """Import pictures whose owner the user names."""
+    for name in ("origin", "licence", "attribution"):
+        if not getattr(given, name):
+            option = "from" if name == "origin" else name
+            raise ValueError(
+                f"--source={given.source} needs --{option}: licence and attribution "
+                "travel into every video that is made of the pictures."
+            )
+    origin = Origin(given.licence, given.attribution, given.anonymised)
+    if given.source == "video":
+        if given.poses is None:
+            raise ValueError("--source=video needs --poses=TRACK.gpx, with times.")
+        film = Film(given.origin, given.poses, origin, given.clock_offset_s)
+        return import_film(film, making, given.out, overwrite=given.overwrite)
+    source = Source(given.origin, origin, given.poses, given.clock_offset_s or 0.0)
+    return import_folder(source, making, given.out, overwrite=given.overwrite)
+
+
+def import_listed(given: argparse.Namespace, making: Making) -> tuple[City, dict]:
+    """Import what a service has in an area; each picture tells its own licence."""
+    client = Client()
+    folder = given.origin or given.out.with_name(f"{given.out.name}.{given.source}")
+    city, report = import_service(
+        open_service(
+            given.source,
+            client,
+            bbox=given.bbox,
+            collection=given.collection,
+            api=given.api,
+            licence=given.licence,
+            anonymised=given.anonymised,
+        ),
+        client,
+        making,
+        given.out,
+        folder,
+        aligned=given.groups == "aligned",
+        overwrite=given.overwrite,
+    )
+    print(f"  {folder} keeps listing and pictures; it may be removed")
+    return city, report
 
 
 def build_toy(given: argparse.Namespace, limits: dict) -> City:

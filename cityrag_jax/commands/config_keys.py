@@ -43,6 +43,7 @@ MEANINGS = {
     "model.autoencoder.dim_mult": "channels of each level, as multiples",
     "model.autoencoder.num_res_blocks": "residual blocks of a level",
     "model.autoencoder.temporal_downsample": "which levels halve time",
+    "model.autoencoder.patch": "pixels a side that are one place from the start",
     "model.autoencoder.dtype": "of its arithmetic",
     # ----------------------------------------------------------------------------------
     "optimizer.learning_rate": "of Muon, for the matrices of blocks and branches",

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tqdm
 from jaxtyping import UInt8
 
 from cityrag_jax.data.captures import Captures, CityHeader
+from cityrag_jax.data.columns import captures_digest, write_columns
 from cityrag_jax.data.pairs import PairConfig, Pairs, mine_pairs, save_pairs
 from cityrag_jax.data.store import City, write_city
 from cityrag_jax.data.toy_city import CityConfig, Drive, city, drives
 from cityrag_jax.data.toy_render import render_panoramas
 from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.progress import Progress
 
 LICENCE = "CC0-1.0"
 ATTRIBUTION = "rendered by cityrag_jax"
@@ -68,8 +69,7 @@ def build_toy_city(
     limits = {**TOY_LIMITS, **limits}
     rules = pair_config(num_frames, held_out_fraction, **limits)
     pairs = mine_pairs(captures, config.name, rules)
-    bar = tqdm.tqdm(total=len(captures), desc=f"rendering {config.name}", unit="pano")
-    with bar:
+    with Progress(f"rendering {config.name}", len(captures), "pano") as bar:
         panoramas = functools.partial(_render, config, made, height, bar)
         written = write_city(
             folder, header, captures, panoramas, quality=quality, overwrite=overwrite
@@ -90,6 +90,9 @@ def mine_city(
     out, but in toy cities, whose neighbourhoods lie apart.
     """
     opened = City(folder)
+    if captures_digest(opened.folder) is None:  # another program wrote the columns
+        parts = opened.header, opened.captures, opened.provenance
+        write_columns(opened.folder, *parts)
     is_toy = "toy_city" in opened.header.generator
     limits = {**(TOY_LIMITS if is_toy else {"buffer_m": BUFFER_M}), **limits}
     config = pair_config(num_frames, held_out_fraction, **limits)
@@ -132,7 +135,7 @@ def columns_of(made: list[Drive], anchor: tuple[float, float, float]) -> Capture
 
 
 def _render(
-    config: CityConfig, made: list[Drive], height: int, bar: tqdm.tqdm, start: int
+    config: CityConfig, made: list[Drive], height: int, bar: Progress, start: int
 ) -> Iterator[UInt8[np.ndarray, "P W 3"]]:
     """Render the panoramas of drives from one of them on."""
     bar.update(start)

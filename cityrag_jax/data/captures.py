@@ -1,15 +1,14 @@
 """The columns of a city: poses, times, drives and licences of its panoramas.
 
 city.json holds format, name, panorama height, anchor, tables of licences and
-attributions and the settings of the generator; captures.npz the columns, loaded whole.
-Both are checked when written and when read.
+attributions and the settings of the generator; captures.parquet the columns
+(`columns`). Both are checked when written and when read.
 """
 
 import dataclasses
 import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
@@ -18,7 +17,8 @@ from cityrag_jax.data import capture_checks as checks
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.retrieval import drive_edges
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+CAPTURES = "captures.parquet"
 REBUILD = "rebuild it with tools/build_city.py"
 
 
@@ -58,41 +58,6 @@ class CityHeader:
     licences: tuple[str, ...]
     attributions: tuple[str, ...]
     generator: dict = dataclasses.field(default_factory=dict)
-
-
-# Type and shape of a row of every column.
-COLUMNS = {
-    "ecef_from_camera": (np.float64, (4, 4)),
-    "time_s": (np.float64, ()),
-    "drive": (np.int32, ()),
-    "neighbourhood": (np.int32, ()),
-    "licence": (np.int32, ()),
-    "attribution": (np.int32, ()),
-    "anonymised": (np.bool_, ()),
-}
-
-
-def read_columns(
-    path: Path, kinds: dict[str, Any], remedy: str
-) -> dict[str, np.ndarray]:
-    """Read columns of an .npz; ValueError if it is damaged or one is of another kind.
-
-    `kinds` gives type and shape of a row of each, None for a single number.
-    """
-    try:
-        with path.open("rb") as file, np.load(file) as stored:
-            columns = {name: stored[name] for name in kinds}
-    except Exception as error:  # zipfile and NumPy raise many kinds
-        raise ValueError(f"{path} is damaged ({error!r}); {remedy}.") from error
-    for name, (dtype, row) in kinds.items():
-        x = columns[name]
-        wanted = () if row is None else (*x.shape[:1], *row)
-        if x.dtype != dtype or x.shape != wanted or (x.ndim == 0) != (row is None):
-            raise ValueError(
-                f"{path} is damaged: {name} is {x.dtype} of {x.shape}, not "
-                f"{np.dtype(dtype)} of {wanted or 'one number'}; {remedy}."
-            )
-    return columns
 
 
 def check_captures(captures: Captures, header: CityHeader, source: str) -> None:
@@ -171,26 +136,15 @@ def _check_poses(poses: np.ndarray, source: str) -> None:
         )
 
 
-def write_columns(folder: Path, header: CityHeader, captures: Captures) -> None:
-    """Write city.json and captures.npz."""
-    columns = {f.name: getattr(captures, f.name) for f in dataclasses.fields(Captures)}
-    np.savez(folder / "captures.npz", **columns)
+def write_header(folder: Path, header: CityHeader, count: int) -> None:
+    """Write city.json of a city of `count` captures."""
     document = {
         "format": FORMAT_VERSION,
-        "captures": len(captures),
+        "captures": count,
         **dataclasses.asdict(header),
     }
     document["digest"] = _digest(document)
     (folder / "city.json").write_text(json.dumps(document, indent=2) + "\n")
-
-
-def plan_digest(header: CityHeader, captures: Captures, quality: int) -> int:
-    """Give the crc32 of all that decides what a city will hold, but the pictures."""
-    words = json.dumps([dataclasses.asdict(header), quality], sort_keys=True)
-    crc = zlib.crc32(words.encode())
-    for field in dataclasses.fields(Captures):
-        crc = zlib.crc32(np.ascontiguousarray(getattr(captures, field.name)), crc)
-    return crc
 
 
 def _digest(document: dict) -> int:
@@ -250,12 +204,3 @@ def _check_header(fields: dict, path: Path) -> None:
                 f"{path} is damaged: {name} is {fields[name]!r}, which cannot be; "
                 f"{REBUILD}."
             )
-
-
-def read_captures(folder: Path) -> Captures:
-    """Read captures.npz; check it with `check_captures`."""
-    path = folder / "captures.npz"
-    if not path.exists():
-        raise ValueError(f"{path} is missing; {REBUILD}.")
-    columns = read_columns(path, COLUMNS, REBUILD)
-    return Captures(**columns)

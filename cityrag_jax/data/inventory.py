@@ -13,6 +13,7 @@ from cityrag_jax.data.pairs import PairConfig, Pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import drop_to_ellipsoid, ecef_from_enu
 from cityrag_jax.geo.retrieval import drive_edges
+from cityrag_jax.geo.revisits import Revisits, find_revisits
 from cityrag_jax.geo.trajectory import headings
 
 STANDING_M = 0.05  # a smaller step is none
@@ -118,6 +119,35 @@ def share_seen_twice(city: City, gap_s: float = PairConfig.min_gap_s) -> float:
         for capture, found in zip(some, near, strict=True)
     ]
     return _share(np.array(twice))
+
+
+def find_streets(city: City) -> Revisits:
+    """Give the city's streets, and at how many times each was driven."""
+    columns = city.captures
+    gap_s = PairConfig.min_gap_s
+    return find_revisits(
+        city.index.tree.data, columns.drive, columns.time_s, gap_s=gap_s
+    )
+
+
+def count_streets(city: City, found: Revisits) -> dict[str, Any]:
+    """Say how long the streets are, and how much of them lacks a second time.
+
+    A street that was driven at two times can be trained on; one that was driven once
+    needs one more pass, along it or against it.
+    """
+    where = city.captures.neighbourhood[found.row]
+    twice = found.times > 1
+    parts = {int(k): where == k for k in np.unique(where)}
+    lacking_km = {k: found.metres(part & ~twice) / 1000 for k, part in parts.items()}
+    return {
+        "kilometres": round(found.metres() / 1000, 3),
+        "at_two_times_km": round(found.metres(twice) / 1000, 3),
+        "lacking_a_pass_km": round(found.metres(~twice) / 1000, 3),
+        "lacking_by_neighbourhood_km": {
+            str(k): round(v, 3) for k, v in lacking_km.items() if v > 0
+        },
+    }
 
 
 def count_sources(city: City, captures: Int64[np.ndarray, " n"]) -> list[dict]:

@@ -14,16 +14,18 @@ pair shows a capture of theirs or one near to theirs. Pairs are ordered: (a, b) 
 
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-from cityrag_jax.data.captures import Captures, read_columns
+from cityrag_jax.data import tables
+from cityrag_jax.data.captures import Captures
+from cityrag_jax.data.columns import CAPTURES, captures_digest
 from cityrag_jax.geo.following import Track, follow_drive, follow_pass, make_track
 from cityrag_jax.geo.retrieval import build_tree
 
+PAIRS = "pairs.parquet"
 AGAINST = -0.5  # the cosine of two courses, of which one goes the other way
 JUMPS = 4  # distances; matches that are farther apart are of two passes
 
@@ -372,27 +374,35 @@ def _columns() -> list[dataclasses.Field]:
 
 
 def save_pairs(folder: str | Path, pairs: Pairs) -> None:
-    """Write pairs.npz into a city's folder, whole or not at all."""
-    path = Path(folder) / "pairs.npz"
-    temporary = path.with_name(f".pairs-{os.getpid()}.npz")
-    np.savez(temporary, **dataclasses.asdict(pairs))
-    os.replace(temporary, path)
+    """Write a city's pairs.parquet, whole or not at all, bound to its captures."""
+    columns = {f.name: getattr(pairs, f.name) for f in _columns()}
+    notes = {
+        "num_frames": pairs.num_frames,
+        "captures": captures_digest(Path(folder)),
+        "digest": tables.digest([*columns.values(), np.array(pairs.num_frames)]),
+    }
+    tables.write_table(Path(folder) / PAIRS, columns, notes)
 
 
 def load_pairs(folder: str | Path) -> Pairs:
     """Read a city's pairs; ValueError tells how to mine them."""
-    path = Path(folder) / "pairs.npz"
+    path = Path(folder) / PAIRS
     if not path.exists():
         raise ValueError(
             f"{path} is missing; mine pairs with "
             f"tools/build_city.py --mine={Path(folder)}."
         )
     again = f"mine pairs again with tools/build_city.py --mine={Path(folder)}"
-    columns = read_columns(path, COLUMNS | {"num_frames": (np.int64, None)}, again)
-    num_frames = int(columns.pop("num_frames"))
-    if len({len(x) for x in columns.values()}) > 1 or not 0 < num_frames < 2**16:
+    columns = tables.read_columns(path, COLUMNS, again)
+    notes = tables.read_notes(path, again)
+    num_frames, stored = notes.get("num_frames"), captures_digest(Path(folder))
+    if notes.get("captures") != stored:
         raise ValueError(
-            f"{path} is damaged: columns of {[len(x) for x in columns.values()]} rows, "
-            f"{num_frames} frames; {again}."
+            f"{path} was mined from other captures (digest {notes.get('captures')}) "
+            f"than {CAPTURES} holds ({stored}); {again}."
         )
+    if type(num_frames) is not int or not 0 < num_frames < 2**16:
+        raise ValueError(f"{path} is damaged: clips of {num_frames} frames; {again}.")
+    found = tables.digest([*columns.values(), np.array(num_frames)])
+    tables.check_digest(path, notes, found, again)
     return Pairs(**columns, num_frames=num_frames)

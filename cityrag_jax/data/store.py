@@ -3,10 +3,10 @@
 One folder holds
     city.json      format, name, panorama height, anchor, tables of licences and
                    attributions, settings of the generator
-    captures.npz   the columns of `Captures`, loaded whole
+    captures.parquet  the columns of `Captures` and `Provenance`, see columns.py
     panoramas/     a TensorFlow Datasets folder (ArrayRecord, read without TensorFlow):
                    record panorama * 40 + tile is one JPEG tile, see geo/panorama.py
-    pairs.npz      mined pairs, written by data/pairs.py
+    pairs.parquet  mined pairs, written by data/pairs.py
 
 Tiles let a crop decode 2.4 of 40: with random yaw 116 instead of 13 crops a second on
 4096x2048 pixels. Panorama frames are OpenCV's (x right, y down, z the centre column).
@@ -24,17 +24,27 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import Float32, Float64, Int, UInt8
+from jaxtyping import Bool, Float32, Float64, Int, UInt8
 
 from cityrag_jax.data.captures import (
     REBUILD,
     Captures,
     CityHeader,
     check_captures,
+    read_header,
+    write_header,
+)
+from cityrag_jax.data.columns import (
+    CAPTURES,
     plan_digest,
     read_captures,
-    read_header,
+    read_provenance,
     write_columns,
+)
+from cityrag_jax.data.provenance import (
+    Provenance,
+    check_provenance,
+    number_captures,
 )
 from cityrag_jax.data.records import (
     Records,
@@ -65,6 +75,7 @@ def write_city(
     captures: Captures,
     panoramas: Panoramas,
     *,
+    provenance: Provenance | None = None,
     quality: int = 90,
     num_threads: int | None = None,
     overwrite: bool = False,
@@ -72,28 +83,33 @@ def write_city(
     """Write a city under a temporary name and rename it when it is complete.
 
     `panoramas`, in the captures' order, holds None where one cannot be read: its
-    capture goes, too. JPEG tiles are encoded in threads. Killed, the same call goes on
-    behind the last whole file; `panoramas` may be a function that gives those from a
-    number on, so that none is made in vain. Raises ValueError, and leaves nothing
-    behind, when anything does not fit.
+    capture goes, too. JPEG tiles are encoded in threads. Without `provenance` captures
+    are numbered. Killed, the same call goes on behind the last whole file; `panoramas`
+    may be a function that gives those from a number on, so that none is made in vain.
+    Raises ValueError, and leaves nothing behind, when anything does not fit.
     """
     folder = Path(folder)
     check_free(folder, overwrite)
     tile_edges(header.panorama_height)
     check_captures(captures, header, header.name)
+    provenance = provenance or number_captures(captures)
+    check_provenance(provenance, len(captures), header.name)
     temporary = folder.parent / f".{folder.name}.writing"
     temporary.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(temporary):
+    with sole_writer(temporary):
         try:
-            captures = _write_panoramas(
-                temporary, header, captures, panoramas, quality, num_threads
+            plan = plan_digest(header, captures, provenance, quality)
+            kept = _write_panoramas(
+                temporary, header, len(captures), panoramas, quality, num_threads, plan
             )
-            write_columns(temporary, header, captures)
+            captures, provenance = captures.select(kept), provenance.select(kept)
+            write_columns(temporary, header, captures, provenance)
+            write_header(temporary, header, len(captures))
             City(temporary)
         except ValueError:
             shutil.rmtree(temporary)
             raise
-        _move_over(temporary, folder)
+        take_place(temporary, folder)
     return City(folder)
 
 
@@ -107,7 +123,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _sole_writer(temporary: Path) -> Iterator[None]:
+def sole_writer(temporary: Path) -> Iterator[None]:
     """Hold a lock on a folder, which the system gives back however we end."""
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
@@ -121,7 +137,7 @@ def _sole_writer(temporary: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _move_over(temporary: Path, folder: Path) -> None:
+def take_place(temporary: Path, folder: Path) -> None:
     """Give a finished city its name; the one before goes when that is done."""
     replaced = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
     if folder.exists():
@@ -138,13 +154,13 @@ def _move_over(temporary: Path, folder: Path) -> None:
 def _write_panoramas(
     temporary: Path,
     header: CityHeader,
-    captures: Captures,
+    count: int,
     panoramas: Panoramas,
     quality: int,
     num_threads: int | None,
-) -> Captures:
-    """Write all panoramas; give the captures of those that could be read."""
-    plan = plan_digest(header, captures, quality)
+    plan: int,
+) -> Bool[np.ndarray, " N"]:
+    """Write `count` panoramas; say which of them could be read."""
 
     def encode(picture: np.ndarray | None) -> list[bytes] | None:
         return None if picture is None else encode_panorama(picture, quality)
@@ -155,15 +171,15 @@ def _write_panoramas(
             if callable(panoramas)
             else itertools.islice(panoramas, first, None)
         )
-        checked = _check_panoramas(pictures, header, first, len(captures))
+        checked = _check_panoramas(pictures, header, first, count)
         return map_ahead(encode, checked, num_threads or os.cpu_count())
 
-    dropped = write_records(temporary, len(captures), encoded, plan)
-    kept = np.ones(len(captures), bool)
+    dropped = write_records(temporary, count, encoded, plan)
+    kept = np.ones(count, bool)
     kept[dropped] = False
     if not kept.any():
         raise ValueError(f"{header.name}: none of {len(kept)} panoramas can be read.")
-    return captures.select(kept)
+    return kept
 
 
 def _check_panoramas(
@@ -212,13 +228,12 @@ class City:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.header = read_header(self.folder)
-        self.captures = read_captures(self.folder)
-        check_captures(self.captures, self.header, str(self.folder / "captures.npz"))
+        self.captures = read_captures(self.folder, self.header)
         stored = count_records(self.folder)
         if stored != len(self) * TILES:
             raise ValueError(
                 f"{self.folder} holds {stored / TILES:g} panoramas but "
-                f"{len(self)} poses; {REBUILD}."
+                f"{len(self)} poses in {CAPTURES}; {REBUILD}."
             )
         self._opened = (-1, None)
 
@@ -234,6 +249,11 @@ class City:
     @property
     def name(self) -> str:
         return self.header.name
+
+    @functools.cached_property
+    def provenance(self) -> Provenance:
+        """Whose captures these are, by id, read when first asked for."""
+        return read_provenance(self.folder)
 
     @functools.cached_property
     def index(self) -> CaptureIndex:

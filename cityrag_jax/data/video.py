@@ -4,7 +4,9 @@ Files appear whole or not at all: written under a temporary name, then renamed. 
 imported when used, since not every machine that trains has it.
 """
 
+import datetime
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import PIL.Image
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 # What makes equal frames equal bytes on any machine: fixed threads, and no decision
 # that depends on timing or on the processor.
@@ -22,6 +24,7 @@ X264 = {"x264-params": "cpu-independent=1:mbtree=0", "threads": "4"}
 
 MOST_PIXELS = 2**27  # that are decoded: 16,384 x 8,192, the largest panoramas
 NO_PICTURE = "{} is not a readable picture; give a JPEG or PNG."
+SEEK_S, SAME_S = 5.0, 0.004  # that are decoded rather than sought; that are one time
 REORDERED = 2  # frames by which x264 decodes ahead of showing
 
 
@@ -154,6 +157,62 @@ def read_rate(path: str | Path) -> float:
     """Read the frames a second of a video."""
     with _opened(path) as container:
         return float(container.streams.video[0].average_rate or 0)
+
+
+def read_times(path: str | Path) -> tuple[float, Float64[np.ndarray, " n"]]:
+    """Read when a video was begun, Unix seconds, and its frames' times behind that.
+
+    NaN where it does not tell. No frame is decoded.
+    """
+    import av
+
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        told = container.metadata.get("creation_time")
+        told = told or stream.metadata.get("creation_time")
+        try:
+            packets = [p.pts for p in container.demux(stream) if p.pts is not None]
+        except av.FFmpegError as error:
+            raise ValueError(f"{path} is not a readable video: {error}.") from error
+        base = float(stream.time_base)
+    if not packets:
+        raise ValueError(f"{path} holds no frames.")
+    ticks = np.unique(np.array(packets))
+    start_s = math.nan
+    if told:
+        moment = datetime.datetime.fromisoformat(told)
+        start_s = moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp()
+    return start_s, (ticks - ticks[0]) * base
+
+
+def frames_at(
+    path: str | Path, time_s: Float64[np.ndarray, " n"]
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    """Decode the frames of ascending times (`read_times`), from the first one on."""
+    import av
+
+    wanted = iter(time_s.tolist())
+    following = next(wanted, None)
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        base = float(stream.time_base)
+        origin = stream.start_time or 0
+        if following is not None and following > SEEK_S:
+            container.seek(origin + int(following / base), stream=stream)
+        try:
+            for frame in container.decode(stream):
+                if following is None:
+                    return
+                # Half a frame of 120 a second: of equal times one is shown.
+                if frame.pts is not None and (frame.pts - origin) * base > (
+                    following - SAME_S
+                ):
+                    yield frame.to_ndarray(format="rgb24")
+                    following = next(wanted, None)
+        except av.FFmpegError as error:
+            raise ValueError(f"{path} is not a readable video: {error}.") from error
+    if following is not None:
+        raise ValueError(f"{path} ends before {following:.2f} s; it was cut short.")
 
 
 def _opened(path):

@@ -10,6 +10,8 @@ import csv
 import io
 import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -280,6 +282,25 @@ def _checked(rows: list, file_name: str, least: int = 2) -> Float64[np.ndarray, 
             "put longitude first, CSV latitude."
         )
     return path
+
+
+def format_lines(
+    lines: Sequence[Float64[np.ndarray, "_ 2"]], facts: Sequence[dict[str, Any]]
+) -> str:
+    """Write lines of latitude and longitude as GeoJSON, each with what is known."""
+    features = [
+        {
+            "type": "Feature",
+            "properties": known,
+            "geometry": {
+                "type": "LineString",
+                "coordinates": np.round(line[:, ::-1], 7).tolist(),
+            },
+        }
+        for line, known in zip(lines, facts, strict=True)
+    ]
+    document = {"type": "FeatureCollection", "features": features}
+    return json.dumps(document, indent=1) + "\n"
 
 
 def format_tum(first_from_camera: Float32[np.ndarray, "N 4 4"], fps: float) -> str:

@@ -74,6 +74,22 @@ def level_from_tilted(
     return level_from_pitched @ pitched_from_tilted
 
 
+def attitudes(
+    ecef_from_camera: Float64[np.ndarray, "N 4 4"],
+) -> tuple[
+    Float64[np.ndarray, " N"], Float64[np.ndarray, " N"], Float64[np.ndarray, " N"]
+]:
+    """Give heading, pitch and roll in degrees, as `poses_from_geodetic` takes them."""
+    latitude_deg, longitude_deg, _ = geodetic_from_ecef(ecef_from_camera[:, :3, 3])
+    axes = enu_axes(latitude_deg, longitude_deg)
+    enu_from_camera = np.einsum("nji,njk->nik", axes, ecef_from_camera[:, :3, :3])
+    right, down, forward = np.moveaxis(enu_from_camera, 2, 0)
+    heading = np.arctan2(forward[:, 0], forward[:, 1])
+    pitch = np.arcsin(np.clip(forward[:, 2], -1, 1))
+    roll = np.arctan2(-right[:, 2], -down[:, 2])
+    return np.rad2deg(heading), np.rad2deg(pitch), np.rad2deg(roll)
+
+
 def to_opencv(
     world_from_camera: Float64[np.ndarray, "N 4 4"], convention: str
 ) -> Float64[np.ndarray, "N 4 4"]:

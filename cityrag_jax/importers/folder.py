@@ -1,32 +1,25 @@
-"""A folder of 360-degree pictures becomes a city.
+"""A folder of 360-degree pictures as the recording that becomes a city.
 
 Pictures are equirectangular, of any sizes; where and how each was taken is told by its
 EXIF and GPano tags (`tags`) or by a pose file (`geo/pose_files`). Pictures that cannot
-serve are left out with a reason, the others are levelled and resampled to one size
-(`geo/levelling`), and written so that an interrupted import goes on (`data/store`).
-import.json in the city tells what was made of the recording.
+serve are left out with a reason.
 """
 
 import collections
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 
-from cityrag_jax.data.captures import Captures, CityHeader
-from cityrag_jax.data.records import map_ahead
-from cityrag_jax.data.store import City, Picture, check_free, write_city
+from cityrag_jax.data.store import City, check_free
+from cityrag_jax.data.takedown import names_of, read_taken
 from cityrag_jax.data.video import read_image
-from cityrag_jax.geo.ecef import geodetic_from_ecef
-from cityrag_jax.geo.levelling import fit_panorama
 from cityrag_jax.geo.pose_files import Placements, parse_placements, place_at_times
-from cityrag_jax.importers.recordings import Cuts, Shots, make_captures
+from cityrag_jax.importers.cities import Load, Making, Recording, Sphere, make_city
+from cityrag_jax.importers.recordings import COLUMNS, Origin, Shots
 from cityrag_jax.importers.tags import Tags, read_tags
 
 PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
@@ -37,40 +30,33 @@ OTHERS = {
     ".dng": "raw: develop them to JPEG, keeping the tags",
     ".gpr": "raw: develop them to JPEG, keeping the tags",
     ".insp": "two fisheyes: export equirectangular JPEGs with the camera's program",
-    ".insv": "video of two fisheyes: export an equirectangular MP4, then its frames",
-    ".360": "video of two fisheyes: export an equirectangular MP4, then its frames",
-    ".mp4": "video: extract its frames as JPEGs",
-    ".mov": "video: extract its frames as JPEGs",
+    ".insv": "two fisheyes: export an equirectangular MP4, then --source=video",
+    ".360": "two fisheyes: export an equirectangular MP4, then --source=video",
+    ".mp4": "video: --source=video makes a city of it",
+    ".mov": "video: --source=video makes a city of it",
 }
-HIGHEST = 2048  # of a panorama, where no height is asked for
 ROUND = 0.01  # a sphere is twice as wide as high
 NEEDED_DEG = 35.0  # above and below the horizon: views of 65 degrees, and some more
 TRACK_GAP_S = 10.0  # between points of a track
-SHOWN = 3  # names of a reason
+PLACE = ("latitude_deg", "longitude_deg", "height_m")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Whose pictures they are, and how they become a city.
+    """A folder of pictures, and whose they are.
 
     `poses` is a pose file that replaces the pictures' own places; `clock_s` is added
     to the pictures' times before they are looked up on a track, or counted.
     """
 
     folder: Path
-    name: str
-    licence: str
-    attribution: str
-    anonymised: bool = False
+    origin: Origin
     poses: Path | None = None
     clock_s: float = 0.0
-    height: int | None = None
-    quality: int = 90
-    cuts: Cuts = Cuts()
 
 
 def import_folder(
-    source: Source, out: Path, *, overwrite: bool = False
+    source: Source, making: Making, out: Path, *, overwrite: bool = False
 ) -> tuple[City, dict[str, Any]]:
     """Write a city from a folder of pictures; give it, and the report of import.json.
 
@@ -80,44 +66,44 @@ def import_folder(
     skipped: dict[str, list[str]] = collections.defaultdict(list)
     tags = find_pictures(source.folder, skipped)
     shots, tags, notes = place_pictures(source, tags, skipped)
-    captures, chosen, report = make_captures(shots, source.cuts, source.anonymised)
-    tags = [tags[k] for k in chosen.tolist()]
-    names = [shots.names[k] for k in chosen.tolist()]
-    skipped |= report.pop("skipped")
-    header = _header(source, captures, tags)
-    bar = tqdm.tqdm(total=len(names), desc=f"importing {source.name}", unit="pano")
-    unreadable: list[str] = []
-    with bar:
-        make = functools.partial(_fit_all, source, names, tags, header, bar, unreadable)
-        city = write_city(
-            out, header, captures, make, quality=source.quality, overwrite=overwrite
-        )
-    lost = len(captures) - len(city)
-    if lost:
-        skipped[f"{lost} not decoded"] = unreadable
-    report |= {"pictures": len(names) - lost, "notes": notes, "skipped": dict(skipped)}
-    temporary = city.folder / f".import-{os.getpid()}.json"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, city.folder / "import.json")
-    return city, report
+    if magnetic := sum(t.magnetic for t in tags):
+        if not making.cuts.declination_deg:
+            told = f"headings of {magnetic} pictures are magnetic"
+            notes.append(f"{told}: give --declination-deg")
+    spheres = [sphere_of(t) for t in tags]
+    load = functools.partial(load_pictures, source.folder)
+    recording = Recording("folder", shots, spheres, load, notes, skipped)
+    return make_city(recording, making, out, overwrite=overwrite)
+
+
+def load_pictures(folder: Path, names: list[str]) -> Iterator[Load]:
+    """Give what reads each picture of a folder."""
+    for name in names:
+        yield functools.partial(_load, folder / name)
+
+
+def _load(path: Path) -> np.ndarray:
+    return read_image(path)
 
 
 def find_pictures(folder: Path, skipped: dict[str, list[str]]) -> dict[str, Tags]:
     """Read the tags of all panoramas below a folder, by their paths in it."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of pictures.")
-    found, sizes = {}, collections.Counter()
+    found, sizes, taken = {}, collections.Counter(), read_taken(folder)
     for path in sorted(folder.rglob("*")):
         name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.name.startswith(".") or not path.is_file():
             continue
-        if suffix in OTHERS:
+        if taken & names_of(path, folder):
+            skipped["taken down"].append(name)
+        elif suffix in OTHERS:
             skipped[OTHERS[suffix]].append(name)
         elif suffix in PICTURES:
             try:
                 tags = read_tags(path)
                 sizes[f"{tags.width}x{tags.height}"] += 1
-                _shares(tags)
+                sphere_of(tags)
             except ValueError as error:
                 reason = str(error).replace(f"{path} ", "").rstrip(".")
                 skipped[reason].append(name)
@@ -136,11 +122,8 @@ def _first_reasons(skipped: dict[str, list[str]]) -> str:
     return f" ({'; '.join(told[:5])})" if told else ""
 
 
-def _shares(tags: Tags) -> tuple[float, float]:
-    """Give the shares of a sphere's height that a picture lacks above and below.
-
-    ValueError if it is none that looks all around.
-    """
+def sphere_of(tags: Tags) -> Sphere:
+    """Give what a picture shows of a sphere; ValueError if not all around."""
     if tags.projection not in (None, "equirectangular"):
         raise ValueError(f"is {tags.projection}, not equirectangular")
     window = tags.window
@@ -150,7 +133,7 @@ def _shares(tags: Tags) -> tuple[float, float]:
                 f"is {tags.width}x{tags.height}: no panorama, which is twice as wide "
                 "as high, and GPano tags do not say what part of one"
             )
-        return 0.0, 0.0
+        return Sphere(0.0, 0.0, tags.height)
     if window.width < window.full_width * (1 - ROUND) or not window.full_height:
         around = 360 * window.width / max(window.full_width, 1)
         raise ValueError(f"shows {around:.0f} of 360 degrees around")
@@ -161,7 +144,7 @@ def _shares(tags: Tags) -> tuple[float, float]:
             f"shows {90 - 180 * above:.0f} degrees above and {90 - 180 * below:.0f} "
             f"below the horizon, {NEEDED_DEG:g} are needed"
         )
-    return above, max(below, 0.0)
+    return Sphere(above, max(below, 0.0), window.full_height)
 
 
 def place_pictures(
@@ -170,11 +153,10 @@ def place_pictures(
     """Give the pictures whose place and time are known, and what is to be doubted."""
     names, tags = list(found), list(found.values())
     columns = {
-        name: np.array([getattr(t, name) for t in tags], float)
-        for name in [f.name for f in dataclasses.fields(Shots)][1:]
+        name: np.array([getattr(t, name) for t in tags], float) for name in COLUMNS
     }
     columns["time_s"] += source.clock_s
-    notes = _doubts(tags, source)
+    notes = _doubts(tags)
     if source.poses is not None:
         text = source.poses.read_text(encoding="utf-8-sig")
         _replace_places(columns, names, parse_placements(text, source.poses.name))
@@ -191,7 +173,8 @@ def place_pictures(
             f"None of {len(names)} panoramas in {source.folder} has a place and a time"
             f"{_first_reasons(skipped)}."
         )
-    shots = Shots(tuple(names), **columns).select(kept)
+    origins = (source.origin,) * len(names)
+    shots = Shots(tuple(names), **columns, origins=origins).select(kept)
     return shots, [tags[k] for k in kept.tolist()], notes
 
 
@@ -206,95 +189,16 @@ def _replace_places(columns: dict, names: list[str], poses: Placements) -> None:
     row = np.array([rows.get(n, alone.get(Path(n).name, -1)) for n in names])
     for name in columns:
         told = np.where(row >= 0, getattr(poses, name)[row], np.nan)
-        if name in ("time_s", "heading_deg"):  # the tags' own, where it is silent
+        if name not in PLACE:  # the tags' own, where it is silent
             told = np.where(np.isnan(told), columns[name], told)
         columns[name] = told
 
 
-def _doubts(tags: list[Tags], source: Source) -> list[str]:
-    notes = []
+def _doubts(tags: list[Tags]) -> list[str]:
     zoneless = sum(not t.time_is_utc for t in tags)
-    if zoneless:
-        notes.append(
-            f"{zoneless} pictures do not tell their time zone: taken for UTC "
-            "(--clock-offset-s adds seconds)"
-        )
-    magnetic = sum(t.magnetic for t in tags)
-    if magnetic and not source.cuts.declination_deg:
-        notes.append(
-            f"headings of {magnetic} pictures are magnetic: give --declination-deg"
-        )
-    return notes
-
-
-def _header(source: Source, captures: Captures, tags: list[Tags]) -> CityHeader:
-    middle_m = np.median(captures.ecef_from_camera[:, :3, 3], axis=0)
-    anchor = tuple(round(float(x), 6) for x in geodetic_from_ecef(middle_m))
-    full = [t.window.full_height if t.window else t.height for t in tags]
-    height = source.height or min(HIGHEST, int(np.median(full)) // 8 * 8)
-    generator = {
-        "import": "folder",
-        "jpeg_quality": source.quality,
-        "cuts": dataclasses.asdict(source.cuts),
-    }
-    licences, attributions = (source.licence,), (source.attribution,)
-    return CityHeader(source.name, height, anchor, licences, attributions, generator)
-
-
-def _fit_all(
-    source: Source,
-    names: list[str],
-    tags: list[Tags],
-    header: CityHeader,
-    bar: tqdm.tqdm,
-    unreadable: list[str],
-    first: int,
-) -> Iterator[Picture]:
-    """Give the panoramas of pictures from one on; None for what cannot be decoded."""
-
-    def fit(k: int) -> Picture:
-        above, below = _shares(tags[k])
-        try:
-            picture = read_image(source.folder / names[k])
-        except ValueError:
-            return None
-        kinds = {
-            "pitch_rad": float(np.deg2rad(np.nan_to_num(tags[k].pitch_deg))),
-            "roll_rad": float(np.deg2rad(np.nan_to_num(tags[k].roll_deg))),
-        }
-        height = header.panorama_height
-        return fit_panorama(picture, height, above=above, below=below, **kinds)
-
-    bar.update(first)
-    numbers = range(first, len(names))
-    fitted = map_ahead(fit, numbers, os.cpu_count() or 1)
-    for k, panorama in zip(numbers, fitted, strict=True):
-        if panorama is None:
-            unreadable.append(names[k])
-        bar.update()
-        yield panorama
-
-
-def describe_import(report: dict[str, Any]) -> str:
-    """Sum up an import in a few lines."""
-    lines = [
-        f"{report['pictures']} pictures in {report['drives']} drives, "
-        f"{report['neighbourhoods']} neighbourhoods; heights {report['heights']}"
+    if not zoneless:
+        return []
+    return [
+        f"{zoneless} pictures do not tell their time zone: taken for UTC "
+        "(--clock-offset-s adds seconds)"
     ]
-    for drive in report["by_drive"]:
-        mount = "no headings given"
-        if drive["mount_deg"] is not None:
-            mount = (
-                f"camera {drive['mount_deg']:g} degrees right of the course "
-                f"(within {drive['mount_spread_deg']:g})"
-            )
-        lines.append(
-            f"  {drive['folder'] or '.'}/{drive['first']}: {drive['captures']} "
-            f"captures, {drive['metres']:g} m, {drive['spacing_m']} m apart; {mount}"
-        )
-    lines += [f"  note: {note}" for note in report["notes"]]
-    for reason, names in report["skipped"].items():
-        more = ", ..." if len(names) > SHOWN else ""
-        listed = f"{', '.join(names[:SHOWN])}{more}"
-        lines.append(f"  skipped {len(names)}, {reason}: {listed}")
-    return "\n".join(lines)

@@ -8,10 +8,12 @@ NaN is unknown. Nothing here reads a file.
 
 import collections
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int32, Int64
 
 from cityrag_jax.data.captures import Captures
 from cityrag_jax.geo.ecef import ecef_from_enu, ecef_from_geodetic
@@ -21,6 +23,19 @@ from cityrag_jax.geo.poses import poses_from_geodetic
 COURSE_M = 3.0  # before and behind: places are known to about a metre
 MOVED_M = 1.0  # a shorter drive has no course
 COARSE = 2.0  # times the wanted spacing, more is refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Whose a picture is. `link` is where a person finds it at its source, `id` what
+    it is called there; without one it is known by its path."""
+
+    licence: str
+    attribution: str
+    anonymised: bool = False
+    link: str = ""
+    accuracy_m: float = math.nan
+    id: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +51,22 @@ class Shots:
     longitude_deg: Float64[np.ndarray, " N"]
     height_m: Float64[np.ndarray, " N"]
     heading_deg: Float64[np.ndarray, " N"]
+    pitch_deg: Float64[np.ndarray, " N"]
+    roll_deg: Float64[np.ndarray, " N"]
+    origins: tuple[Origin, ...]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def select(self, rows: Int64[np.ndarray, " _"]) -> "Shots":
         """Take rows in an order."""
-        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
+        columns = {name: getattr(self, name)[rows] for name in COLUMNS}
         names = tuple(self.names[k] for k in rows.tolist())
-        return Shots(names, **{name: x[rows] for name, x in columns.items()})
+        origins = tuple(self.origins[k] for k in rows.tolist())
+        return Shots(names, **columns, origins=origins)
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(Shots)[1:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +93,13 @@ HEADINGS = ("given", "course")
 
 
 def make_captures(
-    shots: Shots, cuts: Cuts, anonymised: bool
+    shots: Shots, cuts: Cuts
 ) -> tuple[Captures, Int64[np.ndarray, " n"], dict[str, Any]]:
     """Give the captures of a recording, the shot of each, and what was done to them.
 
     Raises ValueError if nothing of it can be used.
     """
-    order = _in_order(shots)
-    ordered = shots.select(order)
-    place_m = _places(ordered)
-    drive = _cut(ordered, place_m, cuts)
+    order, ordered, place_m, drive = cut_drives(shots, cuts)
     kept = np.flatnonzero(_thinned(place_m, drive, cuts.spacing_m))
     skipped = _names(ordered, np.setdiff1d(np.arange(len(drive)), kept))
     dropped = {f"nearer than {cuts.spacing_m:g} m to the one before": skipped}
@@ -97,7 +116,8 @@ def make_captures(
     used = ordered.select(kept)
     height_m, heights = _heights(used, drive[kept])
     _, numbers = np.unique(drive[kept], return_inverse=True)
-    zeros = np.zeros(len(kept), np.int32)
+    _, licence = tabulate([origin.licence for origin in used.origins])
+    _, attribution = tabulate([origin.attribution for origin in used.origins])
     captures = Captures(
         ecef_from_camera=poses_from_geodetic(
             used.latitude_deg, used.longitude_deg, height_m, heading
@@ -105,9 +125,9 @@ def make_captures(
         time_s=used.time_s,
         drive=numbers.astype(np.int32),
         neighbourhood=cluster_places(place_m[kept], cuts.neighbourhoods),
-        licence=zeros,
-        attribution=zeros,
-        anonymised=np.full(len(kept), anonymised),
+        licence=licence,
+        attribution=attribution,
+        anonymised=np.array([origin.anonymised for origin in used.origins]),
     )
     report = {
         "captures": len(kept),
@@ -118,6 +138,23 @@ def make_captures(
         "skipped": {reason: names for reason, names in dropped.items() if names},
     }
     return captures, order[kept], report
+
+
+def cut_drives(
+    shots: Shots, cuts: Cuts
+) -> tuple[Int64[np.ndarray, " N"], Shots, Float64[np.ndarray, "N 3"], np.ndarray]:
+    """Give an order of shots, the shots in it, their places on the map in metres, and
+    the number of each one's drive."""
+    order = _in_order(shots)
+    ordered = shots.select(order)
+    place_m = _places(ordered)
+    return order, ordered, place_m, _cut(ordered, place_m, cuts)
+
+
+def tabulate(words: Sequence[str]) -> tuple[tuple[str, ...], Int32[np.ndarray, " N"]]:
+    """Give each word once, in order, and the row of each."""
+    table, rows = np.unique(np.array(words), return_inverse=True)
+    return tuple(table.tolist()), rows.astype(np.int32)
 
 
 def _names(shots: Shots, rows: np.ndarray) -> list[str]:

@@ -1,9 +1,10 @@
-"""Leases: who of many processes, on one host or many, works on a job.
+"""Leases: who of many processes, on one host or many, works on a job or in a folder.
 
 A lease is a file NAME.NUMBER, made by the one call that no two can succeed in. Its
 holder touches it every `BEAT_S`. Who finds the holder dead, or the file untouched for
 `PATIENCE_S`, takes over by making the next number; of several that try one succeeds.
 The file with the highest number counts. No clocks of different machines are compared.
+`Leases` are many, of a list of jobs; a `FolderLock` is one, of a whole folder.
 """
 
 import contextlib
@@ -15,10 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cityrag_jax.training.lock import is_running
-
 BEAT_S = 5.0
 PATIENCE_S = 60.0
+LOCK = "lock"  # the folder in a folder whose lease says who works there
 
 
 class Leases:
@@ -82,11 +82,16 @@ class Leases:
         kept = {k: x for k, x in owners.items() if "pid" in x}
         return {k: {"host": x["host"], "pid": x["pid"]} for k, x in kept.items()}
 
+    def touched(self, name: str) -> int | None:
+        """Give when a lease was last touched, by its file system; None if nobody's."""
+        last = self._last(name)
+        return None if last is None else _read_owner(self._file(name, last))[1]
+
     def _file(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.{number:06}"
 
     def _files(self) -> list[tuple[str, int]]:
-        parts = (entry.rpartition(".") for entry in os.listdir(self.folder))
+        parts = (entry.rpartition(".") for entry in _names(self.folder))
         return [(name, int(n)) for name, _, n in parts if name and n.isdecimal()]
 
     def _last(self, name: str) -> int | None:
@@ -116,18 +121,83 @@ class Leases:
             with self._lock:
                 files = [self._file(name, n) for name, n in self._held.items()]
             for file in files:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # gone, or a disk that fails
                     os.utime(file)
+
+
+class FolderLock:
+    """One process at a time in a workdir or a video's folder; release it, or die."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._leases: Leases | None = None
+        self._made = False
+
+    def take(self) -> None:
+        """Take the lock, if need be after watching whether another's owner lives.
+
+        Raises ValueError if it does.
+        """
+        self._made = not self.folder.exists()
+        leases = Leases(self.folder / LOCK)
+        first = leases.touched(LOCK)
+        while not leases.take(LOCK):
+            if leases.touched(LOCK) not in (None, first):
+                owner = leases.holders().get(LOCK, {})
+                raise ValueError(
+                    f"{self.folder} is in use by process {owner.get('pid')} on "
+                    f"{owner.get('host')}. Wait for its end, or choose another folder."
+                )
+            time.sleep(BEAT_S / 10)
+        self._leases = leases
+
+    def release(self) -> None:
+        """Give the folder free; nothing if it was not taken."""
+        if self._leases is not None:
+            self._leases.release(LOCK, settled=True)
+            self._leases.close()
+            with contextlib.suppress(OSError):  # somebody waits in it, or it is gone
+                self._leases.folder.rmdir()
+                if self._made:  # for the lock, and nothing else came
+                    self.folder.rmdir()
+            self._leases = None
+
+
+def is_running(pid: int | None) -> bool:
+    """Say whether another process of this machine has that number."""
+    if pid is None or pid == os.getpid():  # a container gives the same to its next one
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _create(file: Path) -> bool:
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+    file.parent.mkdir(parents=True, exist_ok=True)  # the last holder takes it away
     try:
         with file.open("x") as opened:
             opened.write(json.dumps(owner) + "\n")
     except FileExistsError:
         return False
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise ValueError(
+            f"{file.parent} cannot be written to ({error.strerror}); make room, or "
+            "choose another folder."
+        ) from error
     return True
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def _read_owner(file: Path) -> tuple[dict[str, Any], int]:

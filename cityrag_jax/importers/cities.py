@@ -1,0 +1,237 @@
+"""A recording becomes a city: cut into drives, levelled, given one size, written.
+
+What a recording is made of (a folder, a video, what a service offers) is known to the
+importers beside this file. Pictures are levelled and resampled to one size
+(`geo/levelling`), and written so that an interrupted import goes on (`data/store`).
+import.json in the city tells what was made of the recording.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cityrag_jax.data.captures import Captures, CityHeader
+from cityrag_jax.data.masks import hide, read_mask
+from cityrag_jax.data.provenance import Provenance, make_provenance
+from cityrag_jax.data.records import map_ahead
+from cityrag_jax.data.store import City, Picture, write_city
+from cityrag_jax.geo.ecef import geodetic_from_ecef
+from cityrag_jax.geo.levelling import fit_panorama
+from cityrag_jax.importers.recordings import Cuts, Shots, make_captures, tabulate
+from cityrag_jax.progress import Progress
+
+HIGHEST = 2048  # of a panorama, where no height is asked for
+SHOWN = 3  # names of a reason
+Load = Callable[[], np.ndarray]
+
+
+class Sphere(NamedTuple):
+    """What a picture shows: the shares of a sphere's height that it lacks above and
+    below, and the pixels that the whole sphere would be high."""
+
+    above: float
+    below: float
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """Placed pictures, and how they are read.
+
+    `load` gives, for some of the names, what reads each: it is called in that order,
+    the readers in threads. `skipped` names by reason what was left out before.
+    """
+
+    kind: str
+    shots: Shots
+    spheres: list[Sphere]
+    load: Callable[[list[str]], Iterator[Load]]
+    notes: list[str]
+    skipped: dict[str, list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """How a city is made of a recording.
+
+    `masks` holds a picture for each of the recording's, white where people and plates
+    are to be blurred, as NAME.png; what has one counts as anonymised.
+    """
+
+    name: str
+    height: int | None = None
+    quality: int = 90
+    cuts: Cuts = Cuts()
+    masks: Path | None = None
+
+
+def make_city(
+    recording: Recording, making: Making, out: Path, *, overwrite: bool = False
+) -> tuple[City, dict[str, Any]]:
+    """Write a city from a recording; give it, and the report of import.json.
+
+    Interrupted, the same call goes on behind the last whole file of panoramas.
+    """
+    masks, notes = find_masks(making.masks, recording.shots.names)
+    shots = _blurred(recording.shots, masks)
+    captures, chosen, report = make_captures(shots, making.cuts)
+    shots = shots.select(chosen)
+    spheres = [recording.spheres[k] for k in chosen.tolist()]
+    skipped = recording.skipped | report.pop("skipped")
+    header = _header(recording.kind, making, captures, shots, spheres)
+    unreadable: list[str] = []
+    with Progress(f"importing {making.name}", len(shots), "pano") as bar:
+
+        def make(first: int) -> Iterator[Picture]:
+            bar.update(first)
+            rows = range(first, len(shots))
+            loads = recording.load(list(shots.names[first:]))
+            height = header.panorama_height
+            made = _fit_all(
+                shots, spheres, masks, height, zip(rows, loads, strict=True)
+            )
+            for k, panorama in zip(rows, made, strict=True):
+                if panorama is None:
+                    unreadable.append(shots.names[k])
+                bar.update()
+                yield panorama
+
+        city = write_city(
+            out,
+            header,
+            captures,
+            make,
+            provenance=_provenance(shots),
+            quality=making.quality,
+            overwrite=overwrite,
+        )
+    lost = len(captures) - len(city)
+    if lost:
+        skipped[f"{lost} not decoded"] = unreadable
+    report |= {"pictures": len(shots) - lost, "notes": recording.notes + notes}
+    report["skipped"] = skipped
+    temporary = city.folder / f".import-{os.getpid()}.json"
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, city.folder / "import.json")
+    return city, report
+
+
+def find_masks(
+    folder: Path | None, names: tuple[str, ...]
+) -> tuple[dict[str, Path], list[str]]:
+    """Give the mask of each picture that has one, and say how many have none."""
+    if folder is None:
+        return {}, []
+    if not folder.is_dir():
+        raise ValueError(f"--blur-masks={folder} is no folder of masks.")
+    paths = {name: (folder / name).with_suffix(".png") for name in names}
+    masks = {name: path for name, path in paths.items() if path.exists()}
+    if not masks:
+        raise ValueError(
+            f"{folder} has no mask for any of {len(names)} pictures: that of "
+            f"{names[0]} would be {paths[names[0]]}."
+        )
+    left = len(names) - len(masks)
+    told = (
+        f"{left} of {len(names)} pictures have no mask in {folder.name}/: not blurred"
+    )
+    return masks, [told] if left else []
+
+
+def _blurred(shots: Shots, masks: dict[str, Path]) -> Shots:
+    """Count as anonymised what a mask is there for."""
+    origins = tuple(
+        dataclasses.replace(origin, anonymised=origin.anonymised or name in masks)
+        for name, origin in zip(shots.names, shots.origins, strict=True)
+    )
+    return dataclasses.replace(shots, origins=origins)
+
+
+def _header(
+    kind: str,
+    making: Making,
+    captures: Captures,
+    shots: Shots,
+    spheres: list[Sphere],
+) -> CityHeader:
+    middle_m = np.median(captures.ecef_from_camera[:, :3, 3], axis=0)
+    anchor = tuple(round(float(x), 6) for x in geodetic_from_ecef(middle_m))
+    median = int(np.median([sphere.height for sphere in spheres]))
+    height = making.height or min(HIGHEST, median // 8 * 8)
+    generator = {
+        "import": kind,
+        "jpeg_quality": making.quality,
+        "cuts": dataclasses.asdict(making.cuts),
+    }
+    licences, _ = tabulate([origin.licence for origin in shots.origins])
+    attributions, _ = tabulate([origin.attribution for origin in shots.origins])
+    return CityHeader(making.name, height, anchor, licences, attributions, generator)
+
+
+def _provenance(shots: Shots) -> Provenance:
+    """Who wrote a height seldom says above what."""
+    known = list(zip(shots.names, shots.origins, strict=True))
+    accuracy = [origin.accuracy_m for origin in shots.origins]
+    return make_provenance(
+        [origin.id or name for name, origin in known],
+        [name.rpartition("/")[0] for name in shots.names],
+        [origin.link or None for origin in shots.origins],
+        height_datum="unknown",
+        accuracy_m=[None if np.isnan(x) else x for x in accuracy],
+    )
+
+
+def _fit_all(
+    shots: Shots,
+    spheres: list[Sphere],
+    masks: dict[str, Path],
+    height: int,
+    loads: Iterator[tuple[int, Load]],
+) -> Iterator[Picture]:
+    """Give panoramas, made ahead in threads; None for what cannot be decoded."""
+    pitch_rad = np.deg2rad(np.nan_to_num(shots.pitch_deg))
+    roll_rad = np.deg2rad(np.nan_to_num(shots.roll_deg))
+
+    def fit(item: tuple[int, Load]) -> Picture:
+        k, load = item
+        try:
+            picture = load()
+        except ValueError:
+            return None
+        if shots.names[k] in masks:
+            picture = hide(picture, read_mask(masks[shots.names[k]]))
+        angles = {"pitch_rad": float(pitch_rad[k]), "roll_rad": float(roll_rad[k])}
+        above, below, _ = spheres[k]
+        return fit_panorama(picture, height, above=above, below=below, **angles)
+
+    return map_ahead(fit, loads, os.cpu_count() or 1)
+
+
+def describe_import(report: dict[str, Any]) -> str:
+    """Sum up an import in a few lines."""
+    lines = [
+        f"{report['pictures']} pictures in {report['drives']} drives, "
+        f"{report['neighbourhoods']} neighbourhoods; heights {report['heights']}"
+    ]
+    for drive in report["by_drive"]:
+        mount = "no headings given"
+        if drive["mount_deg"] is not None:
+            mount = (
+                f"camera {drive['mount_deg']:g} degrees right of the course "
+                f"(within {drive['mount_spread_deg']:g})"
+            )
+        lines.append(
+            f"  {drive['folder'] or '.'}/{drive['first']}: {drive['captures']} "
+            f"captures, {drive['metres']:g} m, {drive['spacing_m']} m apart; {mount}"
+        )
+    lines += [f"  note: {note}" for note in report["notes"]]
+    for reason, names in report["skipped"].items():
+        more = ", ..." if len(names) > SHOWN else ""
+        listed = f"{', '.join(names[:SHOWN])}{more}"
+        lines.append(f"  skipped {len(names)}, {reason}: {listed}")
+    return "\n".join(lines)
