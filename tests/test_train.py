@@ -1,6 +1,7 @@
 """The trainer: what it learns, stores, resumes and refuses."""
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import tensorstore
 import training_city
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 from training_city import get_config
 
 from cityrag_jax import train as trainer
@@ -764,6 +766,34 @@ def test_a_swapped_clip_gets_the_condition_before_it():
     assert swapped["geo_latents"].ravel().tolist() == [2, 1, 1]
     assert swapped["geo_length"].tolist() == [7, 6, 6]
     assert swapped["latents"] is examples["latents"]
+
+
+def _played(folder) -> list[tuple[int, int, int]]:
+    """Frames, height and width of each GIF in a folder's event files."""
+    (path,) = folder.glob("events.*")
+    found = []
+    for part in path.read_bytes().split(b"GIF89a")[1:]:
+        with Image.open(io.BytesIO(b"GIF89a" + part)) as film:
+            found.append((film.n_frames, film.height, film.width))
+    return found
+
+
+def test_tensorboard_plays_videos(tmp_path, rng):
+    videos = rng.integers(256, size=(2, 3, 8, 16, 3)).astype(np.uint8)
+    with TrainingLog(tmp_path, 0, 20, tensorboard=True) as log:
+        log.show(5, videos, 10.0)
+    assert _played(tmp_path) == [(3, 8, 16)] * 2
+
+
+@pytest.mark.long
+def test_held_out_clips_are_sampled_beside_the_truth(folder, config):
+    """At every measurement behind the first: two of four clips, by joint guidance."""
+    changed = config.copy_and_resolve_references()
+    changed.train.tensorboard = True
+    changed.eval.update(videos=2, video_steps=2, interval=5)
+    changed.sample.update(guidance="joint", scales=(2.0,), preset="draft")
+    trainer.train(changed, folder / "shown")
+    assert _played(folder / "shown") == [(9, 32, 2 * 48)] * 4
 
 
 def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
