@@ -149,8 +149,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.keep_keys = False  # 26.8 GB for 3 % of the time
     config.sample.weights_dtype = ""  # as they compute; "int8": half, for time
-    config.sample.preset = "final"  # every step; standard and draft repeat some
+    config.sample.preset = "final"  # every step; standard, draft, teacache: less
     config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
+    config.sample.teacache = ("i2v_14b_480p", False, 0.26)  # preset teacache
     config.sample.spacing_m = 0.5  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
     config.sample.fps = 10.0  # assumed: captures come at about 10 a second (3.1)

@@ -55,8 +55,9 @@ def few_steps(config: ConfigDict) -> Sampler:
     sampler = read_sampler(config.sample)
     if sampler.guidance == "text":
         sampler = dataclasses.replace(sampler, guidance="none", scales=())
-    steps = dict(num_steps=config.eval.video_steps, compute=None, guided=None)
-    return dataclasses.replace(sampler, **steps, keep_keys=False)
+    every = dict.fromkeys(("compute", "guided", "teacache"))
+    count = config.eval.video_steps
+    return dataclasses.replace(sampler, num_steps=count, keep_keys=False, **every)
 
 
 def _prepare(examples, text, *, seed):
