@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+import shutil
 
 import av
 import cv2
@@ -13,8 +14,9 @@ import synthetic_city as synthetic
 from test_rollout import Painter
 
 from cityrag_jax.data.clips import ClipConfig
+from cityrag_jax.data.masks import mask_path
 from cityrag_jax.data.store import City
-from cityrag_jax.data.video import read_image, read_video
+from cityrag_jax.data.video import read_image, read_video, write_image
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.trajectory import relative_poses
 from cityrag_jax.recording import Recording, sources
@@ -205,6 +207,36 @@ def test_sources_name_every_kind_of_licence_once(city):
     ada = dict(licence="CC-BY-4.0", attribution="Ada", anonymised=False)
     assert sources(mixed, np.array([3, 1, 5])) == [nobody]
     assert sources(mixed, np.array([70, 3, 71, 4])) == [ada, nobody]
+
+
+def test_people_are_masked_in_what_is_shown_and_the_page_says_where_not(
+    city, job, whole, tmp_path
+):
+    """The model's condition is not changed: the video is the same."""
+    columns = city.captures
+    city.captures = dataclasses.replace(columns, anonymised=columns.time_s < 0)
+    try:
+        path = mask_path(city, int(job.views[0].captures[0]))
+        path.parent.mkdir()
+        write_image(path, np.full((30, 60, 3), 255, np.uint8))
+        record(tmp_path / "x", job, Painter())
+    finally:
+        city.captures = columns
+        shutil.rmtree(city.folder / "masks")
+    sidecar = json.loads((tmp_path / "x" / "generate.json").read_text())
+    assert sidecar["clips"][0]["masked"] == 1
+    assert sidecar["clips"][0]["not_anonymised"] == len(job.views[0])
+    assert (
+        "people and plates can be recognised"
+        in (tmp_path / "x" / "report.html").read_text()
+    )
+    before = read_video(whole / "conditions.mp4")[0].astype(int)
+    after = read_video(tmp_path / "x" / "conditions.mp4")[0]
+    differ = np.abs(after - before).mean((1, 2, 3))
+    assert differ[0] > 5 * max(1, differ[1:5].max())
+    assert (tmp_path / "x" / "video.mp4").read_bytes() == (
+        whole / "video.mp4"
+    ).read_bytes()
 
 
 def test_owners_are_burnt_into_what_is_shown_not_into_what_clips_start_from(
