@@ -5,13 +5,14 @@ Only `pytest -m gpu` leaves JAX the machine's own devices.
 
 import os
 
+from compilation import QUICK
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests spend their time compiling: without LLVM's optimisation that takes a quarter.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
+        QUICK,
     ]
 )
 

@@ -17,7 +17,8 @@ from cityrag_jax.model.layers import MLP
 ROOT = pathlib.Path(__file__).parent.parent
 TOOL = ROOT / "tools/benchmark.py"
 # The tools see one device, as their users do, and compile as quickly as the tests.
-ONE_DEVICE = dict(PYTHONPATH=str(ROOT), XLA_FLAGS="--xla_backend_optimization_level=0")
+ONE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+ONE_DEVICE = dict(PYTHONPATH=str(ROOT), XLA_FLAGS=ONE)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import SAME_BITS
 from flax import nnx
 
 from cityrag_jax.batch import Conditions
@@ -64,13 +65,13 @@ NOISY = jax.random.normal(jax.random.key(9), (BATCH, *SIZE, 16))
 TIMES = jnp.array([0.0, 3.5, 500.0, 999.0])
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=SAME_BITS)
 def conditioned(model, conditions):
     prepared = model.prepare(conditions)
     return model(NOISY, TIMES, conditions.text, None, prepared)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=SAME_BITS)
 def base_alone(model):
     return model(NOISY, TIMES, jnp.ones((BATCH, 1, 8)))
 

@@ -102,13 +102,13 @@ def _run(arguments) -> list[dict]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    count = f"--xla_force_host_platform_device_count={DEVICES}"
     running = [
         subprocess.Popen(
             [sys.executable, *map(str, arguments(address, process))],
             env={
                 **os.environ,
-                "XLA_FLAGS": flags,
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}",
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(PROCESSES),
                 "JAX_PROCESS_ID": str(process),

@@ -13,12 +13,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from cityrag_jax.convert import load_vae
-from cityrag_jax.model.vae import (
-    ChannelNorm,
-    VAEConfig,
-    WanVAE,
-    _run_until_still,
-)
+from cityrag_jax.model.vae import VAEConfig, WanVAE, _run_until_still
+from cityrag_jax.model.vae_layers import ChannelNorm
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = VAEConfig(base_dim=8)
