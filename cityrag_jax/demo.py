@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import tqdm
 from absl import logging
 from jaxtyping import Float64, UInt8
 from ml_collections import ConfigDict
@@ -35,16 +34,18 @@ from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_walk import CLEAR_DAY, film, sharpest_corner
 from cityrag_jax.data.video import write_image
-from cityrag_jax.evaluate import DECIMALS, FULL, POSE_ALONE, RECOLOURED, score
+from cityrag_jax.evaluate import FULL, POSE_ALONE, RECOLOURED, score
 from cityrag_jax.generator import Generator, open_generator
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.grounding import Retrieval
 from cityrag_jax.metrics.image import psnr, recolour_condition
 from cityrag_jax.parallel import keep_compilations
+from cityrag_jax.progress import tracked
 from cityrag_jax.recording import Recording
 from cityrag_jax.request import fit_photo
 from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
 from cityrag_jax.sampling import drop
+from cityrag_jax.scores import DECIMALS
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 
@@ -175,7 +176,7 @@ def take_photo(
         return generator.sample(drop(generator.encode(clip), "geo"), clip, seed)
 
     made, blind = (
-        list(tqdm.tqdm(rollout(generate, job), "generating", len(job.spans)))
+        list(tracked(rollout(generate, job), "generating", len(job.spans), "clip"))
         for generate in (generator, without_geo)
     )
     return Take(photo[0], truth, job, made, blind)

@@ -6,30 +6,30 @@
 Every clip is generated from the same noise with both conditions, with each alone, with
 neither, and with the condition of another place. OUT will hold table.md, table.json
 with every clip's figures, and examples.png: the table from its first row on, of the
-clips scored so far. Streets, and in held-out cities everything, were never trained on;
-clips turn at least `eval.min_rotation_deg`.
+clips scored so far. Killed at any moment, the same command goes on behind the last row
+of the last clips to the same table; one that differs is refused. Streets, and in
+held-out cities everything, were never trained on; clips turn at least
+`eval.min_rotation_deg`.
 """
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import logging
 from jaxtyping import Float64, UInt8
 from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip, Conditions
-from cityrag_jax.checkpoint import TRUST, trust
+from cityrag_jax.checkpoint import TRUST, identify_model, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import held_out_clips, stack_clips
-from cityrag_jax.data.video import write_image
 from cityrag_jax.generator import MESH, Generator, open_generator, open_mesh, with_mesh
 from cityrag_jax.metrics.image import (
     clip_psnr,
@@ -44,8 +44,12 @@ from cityrag_jax.parallel import (
     is_writer,
     keep_compilations,
 )
+from cityrag_jax.progress import Progress
+from cityrag_jax.recording import digest
 from cityrag_jax.sampling import drop
-from cityrag_jax.training.examples import clip_config, open_cities
+from cityrag_jax.scores import Table
+from cityrag_jax.training.checks import flatten_config
+from cityrag_jax.training.examples import Sources, clip_config, open_cities
 
 Videos = UInt8[np.ndarray, "B T H W 3"]
 FULL = "geo + trajectory"
@@ -61,8 +65,17 @@ ROWS = (
     *(FULL, POSE_ALONE, GEO_ALONE, NEITHER, ELSEWHERE),
     *(FROZEN, RETRIEVED, RECOLOURED, CEILING),
 )
-EXAMPLES = 4
-DECIMALS = {"gradient cosine": 3}
+SHOWN = (FULL, POSE_ALONE, RECOLOURED)
+EXAMPLES, STRIP = 4, 6  # clips that are drawn, and frames of each
+# Keys that decide about a table, and those of them that do not.
+DECIDING = (
+    *("data.", "model.vae_dtype", "sample.", "eval.seed", "eval.table_clips"),
+    *("eval.batch_size", "eval.min_rotation_deg"),
+)
+FREE = (
+    *("data.city", "data.threads", "data.workers", "sample.mesh", "sample.rules"),
+    *("sample.keep_keys", "sample.spacing_m", "sample.radius_m", "sample.fps"),
+)
 
 
 def make_videos(
@@ -140,77 +153,79 @@ def score(video: Videos, truth: Videos) -> dict[str, Float64[np.ndarray, " B"]]:
     }
 
 
-@dataclasses.dataclass
-class Table:
-    """Figures of every clip, by way and metric, written to a folder as they come.
-
-    `wanted` counts the clips there will be in the end. One process of several writes.
-    """
-
-    folder: Path
-    wanted: int
-    scores: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
-
-    def add(self, way: str, figures: dict[str, Float64[np.ndarray, " B"]]) -> None:
-        """Add the figures of a batch of clips."""
-        row = self.scores.setdefault(way, {})
-        for metric, values in figures.items():
-            row.setdefault(metric, []).extend(values.tolist())
-
-    def means(self) -> dict[str, dict[str, float]]:
-        """Average over clips, rows in the table's order."""
-        return {
-            way: {
-                metric: float(mean_defined(np.array(values)))
-                for metric, values in self.scores[way].items()
-            }
-            for way in sorted(self.scores, key=ROWS.index)
-        }
-
-    def __str__(self) -> str:
-        count = len(next(iter(self.scores.values()))["PSNR"])
-        of = "" if count == self.wanted else f" of {self.wanted}"
-        title = f"{count}{of} unseen clips, PSNR in dB"
-        return report.table(self.means(), title, DECIMALS)
-
-    def write(self) -> None:
-        """Write table.md and table.json over the last ones."""
-        if not is_writer():
-            return
-        stored = {"mean": self.means(), "clips": self.scores}
-        report.write_text(self.folder / "table.json", json.dumps(stored))
-        report.write_text(self.folder / "table.md", f"{self}\n")
-
-
 def evaluate(
     config: ConfigDict, checkpoint: Path | str, cities: str, out: Path | str
 ) -> dict[str, dict[str, float]]:
-    """Score `eval.table_clips` held-out clips, write on the way, give the means.
+    """Score what the table in a folder lacks of `eval.table_clips` held-out clips.
 
-    The table is written after every row of the first batch, then after every batch.
-    Networks run on the mesh `sample.mesh`.
+    It is written after every row of every batch. Gives its means. Networks run on the
+    mesh `sample.mesh`.
     """
-    began = time.monotonic()
-    table = Table(report.open_folder(out), config.eval.table_clips)
+    report.open_folder(out)
     sources = open_cities(cities)
-    kinds = dict(mesh=open_mesh(dict(config.sample.mesh)))
-    kinds["cities"] = [city for city, _ in sources]
-    generator = open_generator(config, checkpoint, **kinds)
-    clips = read_clips(config, sources)
-    bar = tqdm.tqdm(clips, desc="scoring", unit="batch", dynamic_ncols=True)
-    for number, batch in enumerate(bar):
-        examples = {}
-        for way, make in make_videos(generator, batch, config.eval.seed).items():
-            bar.set_postfix_str(way)
-            examples[way] = make()
-            table.add(way, score(examples[way], batch.frames))
-            if number == 0:
-                table.write()
-                bar.write(f"{time.monotonic() - began:4.0f} s  {describe(table, way)}")
-        table.write()
-        if number == 0 and is_writer():
-            write_image(table.folder / "examples.png", draw(examples, batch))
-    return table.means()
+    made_of = describe_origin(config, checkpoint, sources)
+    wanted, size = config.eval.table_clips, config.eval.batch_size
+    with Table(out, ROWS, wanted, made_of) as table:
+        if not table.finished:
+            kinds = dict(mesh=open_mesh(dict(config.sample.mesh)))
+            kinds["cities"] = [city for city, _ in sources]
+            generator = open_generator(config, checkpoint, **kinds)
+            batches = read_clips(config, sources)
+            with Progress("scoring", wanted, "clip", shown=is_writer()) as progress:
+                for number, batch in enumerate(batches):
+                    score_batch(table, generator, batch, number, config, progress)
+                    progress.update(size)
+        return table.means()
+
+
+def score_batch(
+    table: Table,
+    generator: Generator,
+    batch: Clip,
+    number: int,
+    config: ConfigDict,
+    progress: Progress,
+) -> None:
+    """Fill the rows that lack a batch; of the first, keep examples, say each row."""
+    until = (number + 1) * config.eval.batch_size
+    shown = set(SHOWN) if number == 0 and not table.pictured else set()
+    lacking = [row for row in ROWS if not table.has(row, until)]
+    undrawn = [row for row in shown if not table.has_strips(row)]
+    if lacking or undrawn:
+        began = time.monotonic()
+        ways = make_videos(generator, batch, config.eval.seed)
+        for way, make in ways.items():
+            if way not in (*lacking, *undrawn):
+                continue
+            progress.remark(way)
+            video = make()
+            if way in shown:
+                table.keep_strips(way, strips(video))
+            if way in lacking:
+                table.add(way, score(video, batch.frames))
+            if number == 0 and is_writer():
+                seconds = time.monotonic() - began
+                progress.say(f"{seconds:4.0f} s  {describe(table, way)}")
+    if shown:
+        draw(table, batch)
+
+
+def describe_origin(
+    config: ConfigDict, checkpoint: Path | str, sources: Sources
+) -> dict[str, Any]:
+    """Say what decides about the table's figures, each setting by its key."""
+    keys = flatten_config(config)
+    told = {
+        key: value
+        for key, value in keys.items()
+        if key.startswith(DECIDING) and not key.startswith(FREE)
+    }
+    told["weights"] = identify_model(checkpoint)
+    for city, pairs in sources:
+        poses = digest(city.captures.ecef_from_camera)
+        starts = digest(np.stack([pairs.start_a, pairs.start_b]))
+        told[f"city {city.name}"] = f"{poses[:16]} {starts[:16]}"
+    return told
 
 
 def describe(table: Table, way: str) -> str:
@@ -219,7 +234,7 @@ def describe(table: Table, way: str) -> str:
     return ", ".join([way, *(f"{name} {x:.2f}" for name, x in figures.items())])
 
 
-def read_clips(config: ConfigDict, sources) -> list[Clip]:
+def read_clips(config: ConfigDict, sources: Sources) -> list[Clip]:
     """Read the held-out clips, equally many of every city, in batches."""
     wanted, size = config.eval.table_clips, config.eval.batch_size
     if wanted % len(sources) or wanted % size:
@@ -242,16 +257,23 @@ def read_clips(config: ConfigDict, sources) -> list[Clip]:
     return [stack_clips(read[i : i + size]) for i in range(0, wanted, size)]
 
 
-def draw(examples: dict[str, Videos], batch: Clip) -> UInt8[np.ndarray, "_ _ 3"]:
+def strips(video: Videos) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    """Lay some frames of each example side by side."""
+    return [report.strip(frames, STRIP) for frames in video[:EXAMPLES]]
+
+
+def draw(table: Table, batch: Clip) -> None:
     """Draw the first clips: what was given, some of the ways, and the truth."""
-    pictures = []
-    for i in range(min(EXAMPLES, len(batch.frames))):
-        condition = batch.condition[i][: batch.condition_length[i]]
-        rows = {"first image": batch.frames[i][:1], "retrieved": condition}
-        rows |= {way: examples[way][i] for way in (FULL, POSE_ALONE, RECOLOURED)}
-        rows |= {"truth": batch.frames[i]}
-        pictures.append(report.side_by_side(rows))
-    return report.sheet(pictures, 1, gap=12)
+    clips = list(zip(batch.condition, batch.condition_length, strict=True))[:EXAMPLES]
+    given = {
+        "first image": strips(batch.frames[:, :1]),
+        "retrieved": [report.strip(x[:length], STRIP) for x, length in clips],
+        "truth": strips(batch.frames),
+    }
+    for name, images in given.items():
+        table.keep_strips(name, images)
+    names = ("first image", "retrieved", *SHOWN, "truth")
+    table.draw_examples(names, len(clips))
 
 
 COMMAND = Command(__doc__)

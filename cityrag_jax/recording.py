@@ -128,10 +128,10 @@ class Recording:
         self._lock.take()
         job, sidecar = self.out / JOB, self.out / SIDECAR
         if sidecar.exists():
-            self._compare(read_facts(sidecar).get("job", {}))
+            self._compare(report.read_facts(sidecar).get("job", {}))
             self._clean()
         elif job.exists():
-            self._compare(read_facts(job))
+            self._compare(report.read_facts(job))
         elif (self.out / VIDEO).exists():
             raise ValueError(
                 f"{self.out} holds a {VIDEO}, but no {SIDECAR} that says what it is; "
@@ -141,13 +141,11 @@ class Recording:
             report.write_text(job, json.dumps(self.identity, indent=1) + "\n")
 
     def _compare(self, stored: dict[str, Any]) -> None:
-        names = sorted(stored.keys() | self.identity.keys())
-        pairs = {n: (stored.get(n), self.identity.get(n)) for n in names}
-        lines = [f"{n} is {a} there, {b} here" for n, (a, b) in pairs.items() if a != b]
-        if lines:
+        differ = report.describe_differences(stored, self.identity)
+        if differ:
             raise ValueError(
-                f"{self.out} holds another video: {'; '.join(lines)}. Choose another "
-                "--out, or delete that folder."
+                f"{self.out} holds another video: {differ}. Choose another --out, or "
+                "delete that folder."
             )
 
     def _commit(self, made: MadeClip) -> None:
@@ -190,7 +188,9 @@ class Recording:
             for number in numbers:
                 joined.append(self._clip(number) / name)
             joined.close()
-        clips = [read_facts(self._clip(number) / "clip.json") for number in numbers]
+        clips = [
+            report.read_facts(self._clip(number) / "clip.json") for number in numbers
+        ]
         write_overview(self.out)
         write_map(self.out / "map.png", self.job)
         poses = relative_poses(self.job.ecef_from_camera)
@@ -239,17 +239,6 @@ class Recording:
     def _clean(self) -> None:
         shutil.rmtree(self.out / CLIPS, ignore_errors=True)
         (self.out / JOB).unlink(missing_ok=True)
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """Read what a folder says of its video; ValueError if that is no JSON object."""
-    try:
-        facts = json.loads(path.read_text())
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} is damaged; delete that folder or choose another.")
-    return facts
 
 
 def identify(job: Job) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import os
 import tempfile
 import textwrap
@@ -9,6 +10,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,6 +46,26 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read what a folder says of its content; ValueError if that is no JSON object."""
+    try:
+        facts = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged; delete that folder or choose another.")
+    return facts
+
+
+def describe_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Say in which values two objects differ; empty if in none."""
+    pairs = {k: (there.get(k), here.get(k)) for k in sorted(there | here)}
+    differ = [
+        f"{k} is {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b
+    ]
+    return "; ".join(differ)
 
 
 def label(image: Image, text: str) -> UInt8[np.ndarray, "_ W 3"]:

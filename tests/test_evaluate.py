@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -195,22 +196,48 @@ def test_clips_come_in_batches_of_every_city(folder):
     np.testing.assert_array_equal(batches[0].clip_id, again[0].clip_id)
 
 
-def test_a_table_of_all_clips_is_written(folder, tmp_path, monkeypatch):
-    """With ways to fill a clip that need no network, to see what becomes of them."""
+WAYS = (FULL, POSE_ALONE, RECOLOURED)
+
+
+@pytest.fixture
+def score_all(folder, monkeypatch):
+    """Evaluate four clips in two batches, by ways that need no network."""
     vae = abstract_model(describe(WanVAE, VAEConfig(base_dim=4)))
     bundle = Bundle({"vae": vae, "transformer": vae}, {}, np.zeros((1, 8)))
-
-    def make_videos(_, clips, seed):
-        return {
-            FULL: lambda: clips.frames ^ 1,
-            POSE_ALONE: lambda: clips.frames ^ 3,
-            RECOLOURED: lambda: recolour(clips),
-        }
-
     monkeypatch.setattr(generator, "latest_model", lambda *_, **__: bundle)
-    monkeypatch.setattr(door, "make_videos", make_videos)
-    config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
-    means = door.evaluate(config, "model", str(folder), tmp_path / "out")
+    monkeypatch.setattr(door, "identify_model", lambda _: "these")
+    monkeypatch.setattr(door, "ROWS", WAYS)
+
+    def score_all(out, seen=lambda way: None, **changes):
+        def make_videos(_, clips, seed):
+            def make(way, video):
+                seen(way)
+                return video
+
+            videos = (clips.frames ^ 1, clips.frames ^ 3, recolour(clips))
+            both = zip(WAYS, videos, strict=True)
+            return {way: partial(make, way, video) for way, video in both}
+
+        monkeypatch.setattr(door, "make_videos", make_videos)
+        sizes = dict(eval__table_clips=4, eval__batch_size=2)
+        config = get_config("toy_city", **sizes | changes)
+        return door.evaluate(config, "model", str(folder), out)
+
+    return score_all
+
+
+@pytest.fixture
+def table(score_all, tmp_path):
+    score_all(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_table_of_all_clips_is_written(score_all, tmp_path):
+    means = score_all(tmp_path / "out")
     np.testing.assert_allclose(means[FULL]["PSNR"], 20 * np.log10(255))
     assert means[POSE_ALONE]["PSNR"] < means[FULL]["PSNR"]
     table = (tmp_path / "out" / "table.md").read_text()
@@ -218,36 +245,70 @@ def test_a_table_of_all_clips_is_written(folder, tmp_path, monkeypatch):
     stored = json.loads((tmp_path / "out" / "table.json").read_text())
     assert stored["mean"] == means
     assert len(stored["clips"][RECOLOURED]["PSNR"]) == 4
-    assert (tmp_path / "out" / "examples.png").exists()
+    assert set(contents(tmp_path / "out")) == {*FILES}
 
 
-def test_rows_are_written_as_they_come(folder, tmp_path, monkeypatch):
-    """After each way of the first batch and after each batch, in the table's order."""
-    vae = abstract_model(describe(WanVAE, VAEConfig(base_dim=4)))
-    bundle = Bundle({"vae": vae, "transformer": vae}, {}, np.zeros((1, 8)))
+FILES = ("table.md", "table.json", "examples.png")
+
+
+def test_rows_are_written_as_they_come(score_all, tmp_path):
+    """After each way of each batch, in the table's order, of whole batches' clips."""
     out, seen = tmp_path / "out", []
 
-    def make_videos(_, clips, seed):
-        def look(bit):
-            table = out / "table.md"
-            lines = table.read_text().splitlines() if table.exists() else []
-            seen.append([line.split(" | ")[0].strip("| ") for line in lines])
-            return clips.frames ^ bit
+    def look(way):
+        table = out / "table.md"
+        lines = table.read_text().splitlines() if table.exists() else []
+        seen.append([line.split(" | ")[0].strip("| ") for line in lines])
 
-        return {way: lambda: look(1) for way in (FULL, RECOLOURED, POSE_ALONE)}
-
-    monkeypatch.setattr(generator, "latest_model", lambda *_, **__: bundle)
-    monkeypatch.setattr(door, "make_videos", make_videos)
-    config = get_config("toy_city", eval__table_clips=4, eval__batch_size=2)
-    door.evaluate(config, "model", str(folder), out)
+    score_all(out, look)
     title = "2 of 4 unseen clips, PSNR in dB"
     rows = [line[2:] for line in seen]
-    assert rows[:3] == [[], [FULL], [FULL, RECOLOURED]]
-    assert rows[3:] == [[FULL, POSE_ALONE, RECOLOURED]] * 3
+    assert rows[:3] == [[], [FULL], [FULL, POSE_ALONE]]
+    assert rows[3:] == [list(WAYS)] * 3
     assert all(line[0] == title for line in seen[1:])
     assert (out / "table.md").read_text().startswith("| 4 unseen clips, PSNR in dB |")
-    names = {path.name for path in out.iterdir()}
-    assert names == {"table.md", "table.json", "examples.png"}
+
+
+def test_ended_at_any_row_it_goes_on_to_the_same_files(score_all, table, tmp_path):
+    """No row of a batch that stands in the folder is made again."""
+    done, tries = [], 0
+
+    def end(way):  # each start gets one row farther
+        if len(done) == tries:
+            raise KeyboardInterrupt
+        done.append(way)
+
+    for tries in range(6):  # noqa: B007
+        with pytest.raises(KeyboardInterrupt):
+            score_all(tmp_path / "out", end)
+    for _ in range(2):
+        score_all(tmp_path / "out", done.append)
+        assert done == list(WAYS) * 2
+        assert contents(tmp_path / "out") == contents(table)
+
+
+def test_a_table_of_other_settings_is_refused_with_the_key(score_all, table):
+    before = contents(table)
+    with pytest.raises(ValueError, match=r"sample.num_steps is \d+ there, 9 here"):
+        score_all(table, sample__num_steps=9)
+    with pytest.raises(ValueError, match="eval.seed is 0 there, 1 here. Choose ano"):
+        score_all(table, eval__seed=1)
+    assert contents(table) == before
+    for text, told in {
+        "{": "table.json is damaged",
+        "{}": "no table that can be gone on with",
+        '{"made of": {}, "clips": {"x": 1}}': "no table that can",
+    }.items():
+        (table / "table.json").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            score_all(table)
+
+
+def test_a_picture_that_was_deleted_is_drawn_again(score_all, table):
+    before, made = contents(table), []
+    (table / "examples.png").unlink()
+    score_all(table, made.append)
+    assert made == list(WAYS) and contents(table) == before
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
-    {"geo", "diffusion", "batch", "flops", "chips"},
+    {"geo", "diffusion", "batch", "flops", "chips", "progress"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report", "importers"},
-    {"sampling", "generator", "rollout", "recording", "request", "jobs"}
+    {"sampling", "generator", "rollout", "recording", "request", "jobs", "scores"}
     | {"plan", "training", "commands", "leases"},
     {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},
     {"demo"},  # which goes through all doors

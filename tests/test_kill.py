@@ -84,6 +84,12 @@ def _saves(workdir):
     return whole, [n for n in names if not n.isdigit()]
 
 
+def _left(workdir):
+    """Say what a kill left: whole saves, and whether one was being written."""
+    whole, unfinished = _saves(workdir)
+    return f"saved {whole}, unfinished {unfinished}"
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
     """The truth, for a training from a pool and one from a stream."""
@@ -97,7 +103,8 @@ def uninterrupted(folder):
     [
         pytest.param(16, 3, marks=pytest.mark.long),
         pytest.param(0, 3, marks=pytest.mark.long),
-        pytest.param(16, 50, marks=pytest.mark.faults),
+        # Half an hour on two idle cores.
+        pytest.param(16, 50, marks=[pytest.mark.faults, pytest.mark.timeout(14_400)]),
     ],
 )
 def test_killed_at_random_moments(uninterrupted, pool, kills):
@@ -119,6 +126,7 @@ def test_killed_at_random_moments(uninterrupted, pool, kills):
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:
             done += 1
+            print(f"kill {done}, {_left(workdir)}", flush=True)
             continue
         assert process.returncode == 0
         assert _digests(workdir) == _digests(folder / f"whole{pool}")

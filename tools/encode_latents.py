@@ -15,10 +15,9 @@ parts, so that N of them may run side by side.
 import argparse
 from pathlib import Path
 
-import tqdm
-
 from cityrag_jax.commands import Command
 from cityrag_jax.parallel import keep_compilations, layout, loading_dtype
+from cityrag_jax.progress import tracked
 from cityrag_jax.training.checks import check_config
 from cityrag_jax.training.examples import open_cities
 from cityrag_jax.training.latents import describe_latents, write_latents
@@ -74,9 +73,7 @@ def main(given: argparse.Namespace) -> None:
             sources,
             record,
             share=share,
-            progress=lambda shards: tqdm.tqdm(
-                shards, desc="encoding", unit="shard", disable=None
-            ),
+            progress=lambda shards: tracked(shards, "encoding", len(shards), "shard"),
         )
     size = sum(path.stat().st_size for path in given.out.glob("*.safetensors"))
     print(

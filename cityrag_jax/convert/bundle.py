@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from cityrag_jax.checkpoint import memory
 from cityrag_jax.checkpoint.bundles import (
@@ -49,6 +48,7 @@ from cityrag_jax.convert.prompt import (
     read_text_config,
 )
 from cityrag_jax.convert.source import WanFolder, open_folder
+from cityrag_jax.progress import Progress
 
 # The fixed prompt of the paper (appendix A), verbatim.
 PROMPT = (
@@ -187,8 +187,7 @@ def convert(plan: Conversion) -> list[Row]:
     if plan.with_text and "texts" not in work.done:
         work.write_texts()
     total = sum(network.num_bytes(item) for network, item in plan.items)
-    look = dict(unit="B", unit_scale=True, desc=plan.out.name, disable=None)
-    with tqdm(total=total, **look) as bar:
+    with Progress(f"converting to {plan.out.name}", total, "byte") as bar:
         for network, item in plan.items:
             work.write_item(network, item, bar)
     work.finish()
@@ -265,7 +264,7 @@ class _Work:
         self.done["texts"] = digests
         self._save_progress()
 
-    def write_item(self, network: NetworkPlan, item: str, bar: Any) -> None:
+    def write_item(self, network: NetworkPlan, item: str, bar: Progress) -> None:
         """Make one item's arrays and write them, unless it is finished or bad."""
         if _key(network, item) in self.done:
             bar.update(network.num_bytes(item))

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from cityrag_jax.checkpoint import Arrays, latest_model
 from cityrag_jax.checkpoint.bundles import write_texts
@@ -38,6 +37,7 @@ from cityrag_jax.convert.stored import (
 )
 from cityrag_jax.model.adapters import adapter_scales
 from cityrag_jax.model.dit import WanDiT
+from cityrag_jax.progress import Progress
 
 NAME = "transformer"
 BASE = "Wan transformer"
@@ -221,7 +221,7 @@ def _as_it_lies(x: np.ndarray) -> np.ndarray:
 def _watched(read: Read, total: int) -> Iterator[Read]:
     """Show how far reading is, and complain at the end of all NaN and Inf."""
     broken = []
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+    with Progress("exporting", total, "byte") as bar:
 
         def watched(name: str) -> np.ndarray:
             x = read(name)

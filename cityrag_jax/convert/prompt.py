@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from tqdm import tqdm
 
 from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.convert.names import umt5_alias, umt5_name
@@ -24,6 +23,7 @@ from cityrag_jax.convert.weights import AliasedReader, find_naming
 from cityrag_jax.model.layers import RMSNorm
 from cityrag_jax.model.tokenizer import Tokenizer
 from cityrag_jax.model.umt5 import UMT5Block, UMT5Config, UMT5Encoder
+from cityrag_jax.progress import tracked
 
 STEP = 64
 TYPES = ("float32", "bfloat16", "float16", "float64")
@@ -58,7 +58,8 @@ def encode_prompts(
         for row, length in zip(ids, lengths, strict=True)
     ]
     with jax.default_matmul_precision("highest"):
-        for layer in tqdm(range(config.num_layers), "text encoder", unit="layer"):
+        count = config.num_layers
+        for layer in tracked(range(count), "text encoder", count, "layer"):
             block = _read_block(reader, naming, config, layer)
             streams = [
                 _run(*block, x, n) for x, n in zip(streams, lengths, strict=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tqdm
 from jaxtyping import UInt8
 
 from cityrag_jax.data.captures import Captures, CityHeader
@@ -26,6 +25,7 @@ from cityrag_jax.data.store import City, write_city
 from cityrag_jax.data.toy_city import CityConfig, Drive, city, drives
 from cityrag_jax.data.toy_render import render_panoramas
 from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.progress import Progress
 
 LICENCE = "CC0-1.0"
 ATTRIBUTION = "rendered by cityrag_jax"
@@ -75,8 +75,7 @@ def build_toy_city(
     limits = {**TOY_LIMITS, **limits}
     rules = pair_config(num_frames, held_out_fraction, **limits)
     pairs = mine_pairs(captures, config.name, rules)
-    bar = tqdm.tqdm(total=len(captures), desc=f"rendering {config.name}", unit="pano")
-    with bar:
+    with Progress(f"rendering {config.name}", len(captures), "pano") as bar:
         panoramas = functools.partial(_render, config, made, height, bar)
         written = write_city(
             folder, header, captures, panoramas, quality=quality, overwrite=overwrite
@@ -146,7 +145,7 @@ def columns_of(made: list[Drive], anchor: tuple[float, float, float]) -> Capture
 
 
 def _render(
-    config: CityConfig, made: list[Drive], height: int, bar: tqdm.tqdm, start: int
+    config: CityConfig, made: list[Drive], height: int, bar: Progress, start: int
 ) -> Iterator[UInt8[np.ndarray, "P W 3"]]:
     """Render the panoramas of drives from one of them on."""
     bar.update(start)

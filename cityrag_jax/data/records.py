@@ -100,7 +100,7 @@ def write_records(
     for _ in panoramas:  # whoever gives too many is to say so
         pass
     lengths = [length for _, length in old] + [shard["records"] for shard in done]
-    num_bytes = int(old_bytes) + sum(shard["bytes"] for shard in done)
+    num_bytes = old_bytes + sum(shard["bytes"] for shard in done)
     _write_metadata(path, lengths, num_bytes)
     (path / PROGRESS).unlink(missing_ok=True)
     return [k for shard in done for k in shard["dropped"]]
@@ -151,6 +151,49 @@ def _write_shard(path: Path, panoramas: Iterable[tuple[int, list[bytes] | None]]
     writer.close()
     os.replace(temporary, path)
     return {"records": records, "bytes": num_bytes, "dropped": dropped}
+
+
+def copy_records(source: Path, target: Path, dropped: set[int]) -> None:
+    """Copy the tiles of a city without those of some panoramas.
+
+    A file that holds none of them is linked, or copied where links cannot be.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    path = target / "panoramas" / VERSION
+    path.mkdir(parents=True)
+    parts, first, num_bytes = [], 0, _dataset_info(source)["numBytes"]
+    for shard, length in _shards(source):
+        count = length // panorama.TILES
+        gone = [k for k in range(count) if first + k in dropped]
+        first += count
+        parts.append((shard, sorted(set(range(count)) - set(gone))))
+        if gone:
+            reader = ArrayRecordReader(os.fspath(shard))
+            num_bytes -= sum(len(tile) for k in gone for tile in _tiles(reader, k))
+            reader.close()
+    parts = [(shard, kept) for shard, kept in parts if kept]
+    lengths = []
+    for number, (shard, kept) in enumerate(parts):
+        place = path / _file_name(number, len(parts))
+        reader = ArrayRecordReader(os.fspath(shard))
+        if len(kept) * panorama.TILES == reader.num_records():
+            _link(shard, place)
+        else:
+            _write_shard(place, ((k, _tiles(reader, k)) for k in kept))
+        reader.close()
+        lengths.append(len(kept) * panorama.TILES)
+    _write_metadata(path, lengths, num_bytes)
+
+
+def _tiles(reader: Any, place: int) -> list[bytes]:
+    """Read the tiles of a file's panorama."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    first = place * panorama.TILES
+    found = reader.read(first, first + panorama.TILES)
+    examples = [tf_example_pb2.Example.FromString(record) for record in found]
+    return [x.features.feature["jpeg"].bytes_list.value[0] for x in examples]
 
 
 def _write_metadata(path: Path, lengths: list[int], num_bytes: int) -> None:
@@ -250,7 +293,8 @@ def _dataset_info(folder: Path) -> dict[str, Any]:
     path = folder / "panoramas" / VERSION / "dataset_info.json"
     try:
         split = json.loads(path.read_text())["splits"][0]
-        return split | {"shardLengths": [int(n) for n in split["shardLengths"]]}
+        lengths = [int(n) for n in split["shardLengths"]]
+        return {"shardLengths": lengths, "numBytes": int(split["numBytes"])}
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {REBUILD}.") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -102,7 +102,7 @@ def write_city(
     count, threads = len(captures) - known, num_threads or os.cpu_count() or 1
     temporary = folder.parent / f".{folder.name}.writing"
     temporary.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(temporary):
+    with sole_writer(temporary):
         try:
             plan = plan_digest(header, captures, provenance, quality)
             encoded = functools.partial(
@@ -126,7 +126,7 @@ def write_city(
         except ValueError:
             shutil.rmtree(temporary)
             raise
-        _move_over(temporary, folder)
+        take_place(temporary, folder)
     return City(folder)
 
 
@@ -140,7 +140,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _sole_writer(temporary: Path) -> Iterator[None]:
+def sole_writer(temporary: Path) -> Iterator[None]:
     """Hold a lock on a folder, which the system gives back however we end."""
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
@@ -154,7 +154,7 @@ def _sole_writer(temporary: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _move_over(temporary: Path, folder: Path) -> None:
+def take_place(temporary: Path, folder: Path) -> None:
     """Give a finished city its name; the one before goes when that is done."""
     replaced = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
     if folder.exists():

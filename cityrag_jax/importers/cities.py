@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tqdm
 
 from cityrag_jax.data.append import append_city, find_new
 from cityrag_jax.data.captures import Captures, CityHeader
@@ -26,6 +25,7 @@ from cityrag_jax.data.store import City, Picture, write_city
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama
 from cityrag_jax.importers.recordings import Cuts, Shots, make_captures, tabulate
+from cityrag_jax.progress import Progress
 
 HIGHEST = 2048  # of a panorama, where no height is asked for
 SHOWN = 3  # names of a reason
@@ -96,9 +96,7 @@ def make_city(
     report["notes"] = recording.notes + notes
     header = _header(recording.kind, making, captures, shots, spheres)
     unreadable: list[str] = []
-    with tqdm.tqdm(
-        total=len(shots), desc=f"importing {making.name}", unit="pano"
-    ) as bar:
+    with Progress(f"importing {making.name}", len(shots), "pano") as bar:
 
         def make(first: int) -> Iterator[Picture]:
             bar.update(first)
@@ -225,13 +223,15 @@ def _header(
 
 
 def _provenance(shots: Shots) -> Provenance:
-    """Pictures are known by their paths; who wrote a height seldom says above what."""
+    """Who wrote a height seldom says above what."""
+    known = list(zip(shots.names, shots.origins, strict=True))
+    accuracy = [origin.accuracy_m for origin in shots.origins]
     return make_provenance(
-        shots.names,
+        [origin.id or name for name, origin in known],
         [name.rpartition("/")[0] for name in shots.names],
         [origin.link or None for origin in shots.origins],
         height_datum="unknown",
-        accuracy_m=[origin.accuracy_m for origin in shots.origins],
+        accuracy_m=[None if np.isnan(x) else x for x in accuracy],
     )
 
 

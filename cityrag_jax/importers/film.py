@@ -14,7 +14,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import tqdm
 from jaxtyping import Float64, UInt8
 
 from cityrag_jax.data.store import City, check_free
@@ -24,6 +23,7 @@ from cityrag_jax.geo.pose_files import Placements, parse_placements, place_at_ti
 from cityrag_jax.importers.cities import Load, Making, Recording, Sphere, make_city
 from cityrag_jax.importers.folder import ROUND, TRACK_GAP_S
 from cityrag_jax.importers.recordings import Origin, Shots
+from cityrag_jax.progress import Progress
 
 FILMS = (".mp4", ".mov", ".mkv")
 SPACING_M = 0.5  # of frames, where none is asked for: about 10 a second in a town
@@ -196,8 +196,7 @@ def watch_motion(
     frames = frames_at(path, time_s[wanted])
     small: dict[int, np.ndarray] = {}
     motion = np.zeros(len(grid))
-    bar = tqdm.tqdm(total=len(wanted), desc=f"watching {path.name}", unit="frame")
-    with bar:
+    with Progress(f"watching {path.name}", len(wanted), "frame") as bar:
         for row, frame in zip(wanted.tolist(), frames, strict=True):
             bar.update()
             small[row] = _grey(frame)

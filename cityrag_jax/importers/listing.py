@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
 from cityrag_jax.data.records import map_ahead
 from cityrag_jax.importers.tags import read_tags
 from cityrag_jax.importers.web import Client, Refused, Unreachable
+from cityrag_jax.progress import Progress
 
 Skipped = dict[str, list[str]]
 Box = tuple[float, float, float, float]  # west, south, east, north
@@ -99,8 +98,7 @@ def list_items(service: Service, folder: Path) -> tuple[list[Item], Skipped]:
         found = service.list_area(area, left_out)
         return {"items": [_packed(item) for item in found], "skipped": left_out}
 
-    bar = tqdm.tqdm(total=len(missing), desc="listing", unit="area")
-    with path.open("a") as file, bar:
+    with path.open("a") as file, Progress("listing", len(missing), "area") as bar:
         for area, kept in zip(
             missing, map_ahead(list_one, missing, ASKED), strict=True
         ):
@@ -171,7 +169,7 @@ def fetch_pictures(
     """Fetch the pictures that are not there; give the items whose picture is."""
     fetch = functools.partial(_fetch, service, client, folder / "pictures")
     there = []
-    with tqdm.tqdm(total=len(items), desc="fetching", unit="pano") as bar:
+    with Progress("fetching", len(items), "pano") as bar:
         results = map_ahead(fetch, items, threads)
         for item, refusal in zip(items, results, strict=True):
             if refusal is None:

@@ -92,12 +92,7 @@ class JobsFolder:
     def changed(self, line: JobLine) -> str:
         """Say how a finished video is another than the line asks for; else empty."""
         stored = read_record(self.videos / line.name / LINE)
-        facts = line.facts()
-        pairs = {k: (stored.get(k), facts.get(k)) for k in sorted(stored | facts)}
-        differ = [
-            f"{k} is {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b
-        ]
-        return "; ".join(differ)
+        return report.describe_differences(stored, line.facts())
 
     def explain_other(self, line: JobLine) -> str:
         """Say that there is another video under a line's id; empty if there is none."""
@@ -199,21 +194,12 @@ class JobsFolder:
                 pass
             finally:
                 temporary.unlink()
-        differ = describe_differences(read_record(file), made_by)
+        differ = report.describe_differences(read_record(file), made_by)
         if differ:
             raise ValueError(
                 f"{self.out} holds videos made otherwise: {differ}. Choose another "
                 "--out, or delete that folder."
             )
-
-
-def describe_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Say in which values two objects differ; empty if in none."""
-    pairs = {k: (there.get(k), here.get(k)) for k in sorted(there | here)}
-    differ = [
-        f"{k} is {a!r} there, {b!r} here" for k, (a, b) in pairs.items() if a != b
-    ]
-    return "; ".join(differ)
 
 
 def read_record(path: Path) -> dict[str, Any]:

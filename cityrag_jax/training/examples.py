@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 from ml_collections import ConfigDict
@@ -37,6 +36,7 @@ from cityrag_jax.parallel import (
     place_batch,
     shard,
 )
+from cityrag_jax.progress import Progress
 from cityrag_jax.training.log import announce
 from cityrag_jax.training.task import Examples
 
@@ -157,14 +157,8 @@ class Pool:
         self._encoded = map(encode, clips)
         self._examples = None
         announce(f"encoding the first {(joined - self._next) * size} clips of the pool")
-        bar = tqdm.tqdm(
-            total=joined - self._next,
-            desc="encoding clips",
-            unit="batch",
-            dynamic_ncols=True,
-            disable=not is_writer() or None,  # None: where stderr is no terminal
-        )
-        with bar:
+        wanted = joined - self._next
+        with Progress("encoding clips", wanted, "batch", shown=is_writer()) as bar:
             while self._next < joined:
                 jax.block_until_ready(self._join())
                 bar.update()

@@ -16,6 +16,7 @@ from typing import Any
 import tqdm
 
 from cityrag_jax.parallel import is_writer
+from cityrag_jax.progress import describe_time
 
 TIMED_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} s{postfix}"
 # What a line says of a report, in order, and how.
@@ -151,19 +152,6 @@ def describe_report(
         said.append(f"{metrics['refused']:.0f} updates refused: not finite")
     said.append(f"{describe_time(left_s)} left")
     return f"step {step}/{last_step}: {', '.join(said)}"
-
-
-def describe_time(seconds: float) -> str:
-    """Say how long something takes: 42 s, 17 min, 3 h 05 min, 6 d 14 h."""
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 def read_metrics(workdir: Path | str) -> list[dict[str, Any]]:
