@@ -307,7 +307,7 @@ def test_a_writing_that_was_stopped_goes_on_behind_its_last_whole_file(
 
 def test_two_processes_do_not_write_one_city(tmp_path):
     (tmp_path / ".city.writing").mkdir()
-    with store._sole_writer(tmp_path / ".city.writing"):
+    with store.sole_writer(tmp_path / ".city.writing"):
         with pytest.raises(ValueError, match="being written by another process"):
             write(tmp_path / "city")
 

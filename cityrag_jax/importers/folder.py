@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cityrag_jax.data.store import City, check_free
+from cityrag_jax.data.takedown import names_of, read_taken
 from cityrag_jax.data.video import read_image
 from cityrag_jax.geo.pose_files import Placements, parse_placements, place_at_times
 from cityrag_jax.importers.cities import Load, Making, Recording, Sphere, make_city
@@ -61,7 +62,7 @@ def import_folder(
 
     Interrupted, the same call goes on behind the last whole file of panoramas.
     """
-    check_free(out, overwrite)
+    check_free(out, overwrite or making.append)
     skipped: dict[str, list[str]] = collections.defaultdict(list)
     tags = find_pictures(source.folder, skipped)
     shots, tags, notes = place_pictures(source, tags, skipped)
@@ -89,12 +90,14 @@ def find_pictures(folder: Path, skipped: dict[str, list[str]]) -> dict[str, Tags
     """Read the tags of all panoramas below a folder, by their paths in it."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of pictures.")
-    found, sizes = {}, collections.Counter()
+    found, sizes, taken = {}, collections.Counter(), read_taken(folder)
     for path in sorted(folder.rglob("*")):
         name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.name.startswith(".") or not path.is_file():
             continue
-        if suffix in OTHERS:
+        if taken & names_of(path, folder):
+            skipped["taken down"].append(name)
+        elif suffix in OTHERS:
             skipped[OTHERS[suffix]].append(name)
         elif suffix in PICTURES:
             try:

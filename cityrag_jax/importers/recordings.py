@@ -27,13 +27,15 @@ COARSE = 2.0  # times the wanted spacing, more is refused
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Whose a picture is. `link` is where a person finds it at its source."""
+    """Whose a picture is. `link` is where a person finds it at its source, `id` what
+    it is called there; without one it is known by its path."""
 
     licence: str
     attribution: str
     anonymised: bool = False
     link: str = ""
     accuracy_m: float = math.nan
+    id: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cityrag_jax.data.store import City, check_free
+from cityrag_jax.data.takedown import read_taken
 from cityrag_jax.geo.path_files import format_lines
 from cityrag_jax.geo.revisits import find_revisits, join_steps
 from cityrag_jax.importers.cities import Making, Recording, make_city
@@ -74,14 +75,17 @@ def import_service(
     `folder` keeps listing and pictures. `aligned` moves what was computed together to
     where its cameras say they were; else it stays where it was computed.
     """
-    check_free(out, overwrite)
+    check_free(out, overwrite or making.append)
     items, skipped = list_items(service, folder)
     if not items:
         told = "; ".join(f"{len(names)} {why}" for why, names in skipped.items())
         raise ValueError(
             f"{service.question} gives no panorama that can be used ({told or 'none'})."
         )
-    found = len(items)
+    found, taken = len(items), read_taken(folder)
+    if gone := [item.id for item in items if item.id in taken]:
+        skipped["taken down"] = gone
+        items = [item for item in items if item.id not in taken]
     items = fetch_pictures(items, service, client, folder, skipped)
     items, notes = align_groups(items) if aligned else (items, [])
     recording = record_items(
@@ -148,7 +152,7 @@ def place_items(items: list[Item]) -> Shots:
         for name in COLUMNS
     }
     origins = tuple(
-        Origin(i.licence, i.attribution, i.anonymised, i.link, i.accuracy_m)
+        Origin(i.licence, i.attribution, i.anonymised, i.link, i.accuracy_m, i.id)
         for i in items
     )
     return Shots(tuple(item.name for item in items), **columns, origins=origins)
