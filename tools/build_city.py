@@ -13,8 +13,10 @@ pitch and roll; --poses gives them otherwise. Of a video (or a folder of them) f
 are taken by distance along the track; when it began is found by speed, or
 --clock-offset-s says how far its clock is off. Services are asked once: what they list
 and their pictures are kept in --from, by default beside the city. Killed, the same
-command goes on. Toy cities are rendered; sizes of their plan given one by one override
-the preset.
+command goes on. With --append what the city at --out does not hold is added to it: its
+files stay, pairs are mined again with the limits that they were mined with, and what
+was held out stays so; until all is done the city is as it was. Toy cities are rendered;
+sizes of their plan given one by one override the preset.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data import build
-from cityrag_jax.data.pairs import PAIRS, load_pairs
+from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
 from cityrag_jax.importers.cities import Making, describe_import
@@ -77,6 +79,7 @@ COMMAND.takes("--stride", type=int, help="between windows that may be pairs, cap
 for name, meaning in LIMITS.items():
     COMMAND.takes(f"--{name.replace('_', '-')}", type=float, help=meaning)
 COMMAND.takes("--quality", type=int, default=90, help="of the JPEG tiles")
+COMMAND.switch("--append", "add what --out does not hold to the city there")
 COMMAND.switch("--overwrite", "replace the city that stands at --out")
 COMMAND.takes("--licence", help="of the pictures, as SPDX names it")
 COMMAND.takes("--attribution", help="whom to name beside what is made of them")
@@ -116,6 +119,8 @@ for name, meaning in PLAN.items():
 def main(given: argparse.Namespace) -> None:
     """Build a city or mine one, and say what came of it."""
     keep_compilations()
+    if given.append and not given.source:
+        raise ValueError("--append needs --source: toy cities are rendered whole.")
     if sum(way is not None for way in (given.toy, given.mine, given.source)) != 1:
         raise ValueError("Give one of --source=NAME, --toy=NAME and --mine=DIR.")
     limits = {
@@ -153,14 +158,31 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
         given.declination_deg,
         given.neighbourhoods,
     )
-    making = Making(given.out.name, given.height, given.quality, cuts, given.blur_masks)
+    if given.append:
+        if given.overwrite or not given.out.exists():
+            raise ValueError(
+                f"--append adds to a city: {given.out} must be one, and stay."
+            )
+        limits = read_rules(given.out) | limits
+
+    def finish(folder: Path) -> None:
+        try:
+            build.mine_city(folder, **limits)
+        except ValueError as error:  # good for a video, though not for training
+            print(f"  no pairs to train on: {error}")
+
+    making = Making(
+        given.out.name,
+        given.height,
+        given.quality,
+        cuts,
+        given.blur_masks,
+        given.append,
+        finish,
+    )
     bring = import_listed if given.source in SERVICES else import_owned
     city, report = bring(given, making)
     print(describe_import(report))
-    try:
-        build.mine_city(city.folder, **limits)
-    except ValueError as error:  # good for a video, though not for training
-        print(f"  no pairs to train on: {error}")
     return city
 
 

@@ -14,7 +14,13 @@ from jaxtyping import UInt8
 
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.columns import captures_digest, write_columns
-from cityrag_jax.data.pairs import PairConfig, Pairs, mine_pairs, save_pairs
+from cityrag_jax.data.pairs import (
+    PairConfig,
+    Pairs,
+    choose_held_out,
+    mine_pairs,
+    save_pairs,
+)
 from cityrag_jax.data.store import City, write_city
 from cityrag_jax.data.toy_city import CityConfig, Drive, city, drives
 from cityrag_jax.data.toy_render import render_panoramas
@@ -82,7 +88,7 @@ def mine_city(
     folder: str | Path,
     num_frames: int = 73,
     held_out_fraction: float = 0.1,
-    **limits: float | int,
+    **limits: float | int | tuple[int, ...],
 ) -> Pairs:
     """Mine the pairs of a city on disk, again or for the first time.
 
@@ -96,13 +102,17 @@ def mine_city(
     is_toy = "toy_city" in opened.header.generator
     limits = {**(TOY_LIMITS if is_toy else {"buffer_m": BUFFER_M}), **limits}
     config = pair_config(num_frames, held_out_fraction, **limits)
+    chosen = choose_held_out(opened.captures.neighbourhood, opened.name, config)
+    config = dataclasses.replace(config, held_out=tuple(chosen.tolist()))
     pairs = mine_pairs(opened.captures, opened.name, config)
-    save_pairs(opened.folder, pairs)
+    save_pairs(opened.folder, pairs, config)
     return pairs
 
 
 def pair_config(
-    num_frames: int, held_out_fraction: float, **limits: float | int
+    num_frames: int,
+    held_out_fraction: float,
+    **limits: float | int | tuple[int, ...],
 ) -> PairConfig:
     """Scale the paper's 73 frames and 61 condition frames to another length."""
     kinds = {

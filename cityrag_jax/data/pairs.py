@@ -15,6 +15,7 @@ pair shows a capture of theirs or one near to theirs. Pairs are ordered: (a, b) 
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
@@ -373,15 +374,38 @@ def _columns() -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(Pairs) if f.name != "num_frames"]
 
 
-def save_pairs(folder: str | Path, pairs: Pairs) -> None:
-    """Write a city's pairs.parquet, whole or not at all, bound to its captures."""
+def save_pairs(
+    folder: str | Path, pairs: Pairs, config: PairConfig | None = None
+) -> None:
+    """Write a city's pairs.parquet, whole or not at all, bound to its captures.
+
+    `config` is kept, for whoever mines the city again when it has grown.
+    """
     columns = {f.name: getattr(pairs, f.name) for f in _columns()}
     notes = {
         "num_frames": pairs.num_frames,
         "captures": captures_digest(Path(folder)),
+        "rules": dataclasses.asdict(config) if config else {},
         "digest": tables.digest([*columns.values(), np.array(pairs.num_frames)]),
     }
     tables.write_table(Path(folder) / PAIRS, columns, notes)
+
+
+def read_rules(folder: str | Path) -> dict[str, Any]:
+    """Give the values of `PairConfig` that a city was mined with; none, if not yet.
+
+    Neighbourhoods that are held out stay so, whatever is added to the city.
+    """
+    path = Path(folder) / PAIRS
+    if not path.exists():
+        return {}
+    again = f"mine pairs again with tools/build_city.py --mine={Path(folder)}"
+    rules = tables.read_notes(path, again).get("rules", {})
+    known = {f.name for f in dataclasses.fields(PairConfig)}
+    if not isinstance(rules, dict) or not set(rules) <= known:
+        raise ValueError(f"{path} is damaged: its rules are {rules!r}; {again}.")
+    held_out = {"held_out": tuple(rules["held_out"])} if rules.get("held_out") else {}
+    return rules | held_out
 
 
 def load_pairs(folder: str | Path) -> Pairs:

@@ -69,32 +69,53 @@ def write_records(
     count: int,
     encoded: Callable[[int], Iterator[list[bytes] | None]],
     plan: int,
+    before: Path | None = None,
 ) -> list[int]:
     """Store the tiles of panoramas in files of `SHARD` panoramas, with metadata.
 
     `encoded(k)` gives the tiles of panorama k and those behind it, None for one that
     cannot be read; the numbers of those are returned. Files that stand in the folder
-    from an interrupted writing of the same `plan` are kept.
+    from an interrupted writing of the same `plan` are kept. The files of a city
+    `before` come first, as links.
     """
     path = folder / "panoramas" / VERSION
     path.mkdir(parents=True, exist_ok=True)
-    shards = -(-count // SHARD)
+    old = _shards(before) if before else []
+    old_bytes = _dataset_info(before)["numBytes"] if before else 0
+    added = -(-count // SHARD)
+    shards = len(old) + added
     done = _read_progress(path / PROGRESS, plan)
+    for number, (file, _) in enumerate(old):
+        _link(file, path / _file_name(number, shards))
     panoramas = encoded(SHARD * len(done))
-    for number in range(len(done), shards):
+    for number in range(len(done), added):
         first, stop = SHARD * number, min(SHARD * (number + 1), count)
         part = zip(range(first, stop), panoramas, strict=False)
-        done.append(_write_shard(path / _file_name(number, shards), part))
+        file = path / _file_name(len(old) + number, shards)
+        done.append(_write_shard(file, part))
         document = {"plan": plan, "shards": done}
         temporary = path / f".{PROGRESS}"
         temporary.write_text(json.dumps(document))
         os.replace(temporary, path / PROGRESS)
     for _ in panoramas:  # whoever gives too many is to say so
         pass
-    lengths = [shard["records"] for shard in done]
-    _write_metadata(path, lengths, sum(shard["bytes"] for shard in done))
-    (path / PROGRESS).unlink()
+    lengths = [length for _, length in old] + [shard["records"] for shard in done]
+    num_bytes = old_bytes + sum(shard["bytes"] for shard in done)
+    _write_metadata(path, lengths, num_bytes)
+    (path / PROGRESS).unlink(missing_ok=True)
     return [k for shard in done for k in shard["dropped"]]
+
+
+def _link(file: Path, target: Path) -> None:
+    """Let a file have another name, too; copy it where a disk cannot do that."""
+    if target.exists():
+        return
+    try:
+        os.link(file, target)
+    except OSError:
+        temporary = target.with_name(f".{target.name}")
+        shutil.copy2(file, temporary)
+        os.replace(temporary, target)
 
 
 def _read_progress(path: Path, plan: int) -> list[dict]:
@@ -105,7 +126,7 @@ def _read_progress(path: Path, plan: int) -> list[dict]:
             return document["shards"]
     except (OSError, ValueError, KeyError):
         pass
-    for stale in path.parent.glob("*/*"):
+    for stale in path.parent.iterdir():
         stale.unlink()
     return []
 
@@ -141,7 +162,7 @@ def copy_records(source: Path, target: Path, dropped: set[int]) -> None:
 
     path = target / "panoramas" / VERSION
     path.mkdir(parents=True)
-    parts, first, num_bytes = [], 0, _num_bytes(source)
+    parts, first, num_bytes = [], 0, _dataset_info(source)["numBytes"]
     for shard, length in _shards(source):
         count = length // panorama.TILES
         gone = [k for k in range(count) if first + k in dropped]
@@ -165,11 +186,6 @@ def copy_records(source: Path, target: Path, dropped: set[int]) -> None:
     _write_metadata(path, lengths, num_bytes)
 
 
-def _num_bytes(folder: Path) -> int:
-    path = folder / "panoramas" / VERSION / "dataset_info.json"
-    return int(json.loads(path.read_text())["splits"][0]["numBytes"])
-
-
 def _tiles(reader: Any, place: int) -> list[bytes]:
     """Read the tiles of a file's panorama."""
     from tensorflow_datasets.proto import tf_example_pb2
@@ -178,13 +194,6 @@ def _tiles(reader: Any, place: int) -> list[bytes]:
     found = reader.read(first, first + panorama.TILES)
     examples = [tf_example_pb2.Example.FromString(record) for record in found]
     return [x.features.feature["jpeg"].bytes_list.value[0] for x in examples]
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _write_metadata(path: Path, lengths: list[int], num_bytes: int) -> None:
@@ -279,20 +288,27 @@ def count_records(folder: Path) -> int:
     return sum(length for _, length in _shards(folder))
 
 
-def _shards(folder: Path) -> list[tuple[Path, int]]:
-    """List the dataset's files and their numbers of records."""
+def _dataset_info(folder: Path) -> dict[str, Any]:
+    """Read what the dataset says of its files."""
     path = folder / "panoramas" / VERSION / "dataset_info.json"
     try:
-        document = json.loads(path.read_text())
-        lengths = [int(n) for n in document["splits"][0]["shardLengths"]]
+        split = json.loads(path.read_text())["splits"][0]
+        lengths = [int(n) for n in split["shardLengths"]]
+        return {"shardLengths": lengths, "numBytes": int(split["numBytes"])}
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing; {REBUILD}.") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
-    shards = []
-    for k, length in enumerate(lengths):
-        name = _file_name(k, len(lengths))
-        if not (path.parent / name).exists():
-            raise ValueError(f"{path.parent / name} is missing; {REBUILD}.")
-        shards.append((path.parent / name, length))
-    return shards
+
+
+def _shards(folder: Path) -> list[tuple[Path, int]]:
+    """List the dataset's files and their numbers of records."""
+    lengths = _dataset_info(folder)["shardLengths"]
+    files = [
+        folder / "panoramas" / VERSION / _file_name(k, len(lengths))
+        for k in range(len(lengths))
+    ]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file} is missing; {REBUILD}.")
+    return list(zip(files, lengths, strict=True))

@@ -24,7 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import Bool, Float32, Float64, Int, UInt8
+from jaxtyping import Float32, Float64, Int, UInt8
 
 from cityrag_jax.data.captures import (
     REBUILD,
@@ -79,6 +79,8 @@ def write_city(
     quality: int = 90,
     num_threads: int | None = None,
     overwrite: bool = False,
+    before: "City | None" = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> "City":
     """Write a city under a temporary name and rename it when it is complete.
 
@@ -86,7 +88,9 @@ def write_city(
     capture goes, too. JPEG tiles are encoded in threads. Without `provenance` captures
     are numbered. Killed, the same call goes on behind the last whole file; `panoramas`
     may be a function that gives those from a number on, so that none is made in vain.
-    Raises ValueError, and leaves nothing behind, when anything does not fit.
+    The first captures are those of a city `before`, whose files are taken over;
+    `panoramas` are of the others. `finish` gets the folder before it is renamed. Raises
+    ValueError, and leaves nothing behind, when anything does not fit.
     """
     folder = Path(folder)
     check_free(folder, overwrite)
@@ -94,18 +98,31 @@ def write_city(
     check_captures(captures, header, header.name)
     provenance = provenance or number_captures(captures)
     check_provenance(provenance, len(captures), header.name)
+    known = len(before) if before else 0
+    count, threads = len(captures) - known, num_threads or os.cpu_count() or 1
     temporary = folder.parent / f".{folder.name}.writing"
     temporary.mkdir(parents=True, exist_ok=True)
     with sole_writer(temporary):
         try:
             plan = plan_digest(header, captures, provenance, quality)
-            kept = _write_panoramas(
-                temporary, header, len(captures), panoramas, quality, num_threads, plan
+            encoded = functools.partial(
+                _encode, panoramas, header, count, quality, threads
             )
+            dropped = write_records(
+                temporary, count, encoded, plan, before and before.folder
+            )
+            kept = np.ones(len(captures), bool)
+            kept[known + np.array(dropped, int)] = False
+            if not kept[known:].any():
+                raise ValueError(
+                    f"{header.name}: none of {count} panoramas can be read."
+                )
             captures, provenance = captures.select(kept), provenance.select(kept)
             write_columns(temporary, header, captures, provenance)
             write_header(temporary, header, len(captures))
             City(temporary)
+            if finish:
+                finish(temporary)
         except ValueError:
             shutil.rmtree(temporary)
             raise
@@ -151,35 +168,26 @@ def take_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_panoramas(
-    temporary: Path,
+def _encode(
+    panoramas: Panoramas,
     header: CityHeader,
     count: int,
-    panoramas: Panoramas,
     quality: int,
-    num_threads: int | None,
-    plan: int,
-) -> Bool[np.ndarray, " N"]:
-    """Write `count` panoramas; say which of them could be read."""
+    num_threads: int,
+    first: int,
+) -> Iterator[list[bytes] | None]:
+    """Give the tiles of panoramas from one on, of `count` in all."""
 
     def encode(picture: np.ndarray | None) -> list[bytes] | None:
         return None if picture is None else encode_panorama(picture, quality)
 
-    def encoded(first: int) -> Iterator[list[bytes] | None]:
-        pictures = (
-            panoramas(first)
-            if callable(panoramas)
-            else itertools.islice(panoramas, first, None)
-        )
-        checked = _check_panoramas(pictures, header, first, count)
-        return map_ahead(encode, checked, num_threads or os.cpu_count())
-
-    dropped = write_records(temporary, count, encoded, plan)
-    kept = np.ones(count, bool)
-    kept[dropped] = False
-    if not kept.any():
-        raise ValueError(f"{header.name}: none of {len(kept)} panoramas can be read.")
-    return kept
+    pictures = (
+        panoramas(first)
+        if callable(panoramas)
+        else itertools.islice(panoramas, first, None)
+    )
+    checked = _check_panoramas(pictures, header, first, count)
+    return map_ahead(encode, checked, num_threads)
 
 
 def _check_panoramas(
@@ -253,7 +261,13 @@ class City:
     @functools.cached_property
     def provenance(self) -> Provenance:
         """Whose captures these are, by id, read when first asked for."""
-        return read_provenance(self.folder)
+        provenance = read_provenance(self.folder)
+        if len(provenance) != len(self):
+            raise ValueError(
+                f"{self.folder} held {len(self)} captures when it was opened and holds "
+                f"{len(provenance)} now; open it again."
+            )
+        return provenance
 
     @functools.cached_property
     def index(self) -> CaptureIndex:

@@ -20,7 +20,14 @@ from jaxtyping import Bool, Int64
 
 from cityrag_jax.data.captures import write_header
 from cityrag_jax.data.columns import CAPTURES, write_columns
-from cityrag_jax.data.pairs import PAIRS, Pairs, load_pairs, save_pairs
+from cityrag_jax.data.pairs import (
+    PAIRS,
+    PairConfig,
+    Pairs,
+    load_pairs,
+    read_rules,
+    save_pairs,
+)
 from cityrag_jax.data.records import copy_records
 from cityrag_jax.data.store import City, sole_writer, take_place
 from cityrag_jax.geo.retrieval import drive_edges
@@ -64,7 +71,8 @@ def remove_captures(city: City, rows: Int64[np.ndarray, " n"]) -> dict[str, int]
         write_columns(temporary, city.header, captures, city.provenance.select(kept))
         write_header(temporary, city.header, len(captures))
         if remaining:
-            save_pairs(temporary, remaining)
+            rules = read_rules(city.folder)
+            save_pairs(temporary, remaining, PairConfig(**rules) if rules else None)
         for path in city.folder.iterdir():
             if path.name not in WRITTEN:
                 copy = shutil.copytree if path.is_dir() else shutil.copy2

@@ -7,6 +7,7 @@ import.json in the city tells what was made of the recording.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cityrag_jax.data.append import append_city, find_new
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.masks import hide, read_mask
 from cityrag_jax.data.provenance import Provenance, make_provenance
@@ -60,7 +62,8 @@ class Making:
     """How a city is made of a recording.
 
     `masks` holds a picture for each of the recording's, white where people and plates
-    are to be blurred, as NAME.png; what has one counts as anonymised.
+    are to be blurred, as NAME.png; what has one counts as anonymised. `append` adds to
+    the city what it does not hold. `finish` gets the folder before it has its name.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Making:
     quality: int = 90
     cuts: Cuts = Cuts()
     masks: Path | None = None
+    append: bool = False
+    finish: Callable[[Path], object] | None = None
 
 
 def make_city(
@@ -77,12 +82,18 @@ def make_city(
 
     Interrupted, the same call goes on behind the last whole file of panoramas.
     """
+    old = City(out) if making.append else None
+    if old:
+        height = making.height or old.header.panorama_height
+        making = dataclasses.replace(making, height=height)
+        recording = _left_over(recording, old)
     masks, notes = find_masks(making.masks, recording.shots.names)
     shots = _blurred(recording.shots, masks)
     captures, chosen, report = make_captures(shots, making.cuts)
     shots = shots.select(chosen)
     spheres = [recording.spheres[k] for k in chosen.tolist()]
-    skipped = recording.skipped | report.pop("skipped")
+    report["skipped"] = recording.skipped | report["skipped"]
+    report["notes"] = recording.notes + notes
     header = _header(recording.kind, making, captures, shots, spheres)
     unreadable: list[str] = []
     with Progress(f"importing {making.name}", len(shots), "pano") as bar:
@@ -101,24 +112,62 @@ def make_city(
                 bar.update()
                 yield panorama
 
-        city = write_city(
-            out,
-            header,
-            captures,
-            make,
-            provenance=_provenance(shots),
-            quality=making.quality,
-            overwrite=overwrite,
-        )
-    lost = len(captures) - len(city)
-    if lost:
-        skipped[f"{lost} not decoded"] = unreadable
-    report |= {"pictures": len(shots) - lost, "notes": recording.notes + notes}
-    report["skipped"] = skipped
-    temporary = city.folder / f".import-{os.getpid()}.json"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, city.folder / "import.json")
+        def finish(folder: Path) -> None:
+            lost = len(captures) + len(old or ()) - len(City(folder))
+            if lost:
+                report["skipped"][f"{lost} not decoded"] = unreadable
+            report["pictures"] = len(captures) - lost
+            _write_report(folder, report, out if old else None)
+            if making.finish:
+                making.finish(folder)
+
+        write = functools.partial(append_city, old)
+        if old is None:
+            write = functools.partial(write_city, out, overwrite=overwrite)
+        origins = _provenance(shots)
+        kinds = {"provenance": origins, "quality": making.quality, "finish": finish}
+        city = write(header, captures, make, **kinds)
     return city, report
+
+
+def _left_over(recording: Recording, city: City) -> Recording:
+    """Leave out what a city holds, and what was left out when it was made."""
+    shots, told = recording.shots, _read_report(city.folder)
+    refused = set()
+    while told:
+        for names in told.get("skipped", {}).values():
+            refused.update(names)
+        told = told.get("before")
+    new = find_new(city, list(shots.names), shots.time_s)
+    new &= np.array([name not in refused for name in shots.names])
+    if not new.any():
+        raise ValueError(
+            f"{city.folder} holds all of {len(shots)} pictures, or has refused them "
+            "before; nothing to append."
+        )
+    rows = np.flatnonzero(new)
+    spheres = [recording.spheres[k] for k in rows.tolist()]
+    notes = [*recording.notes, f"{len(shots) - len(rows)} pictures are there already"]
+    kept = {"shots": shots.select(rows), "spheres": spheres, "notes": notes}
+    return dataclasses.replace(recording, **kept)
+
+
+def _write_report(folder: Path, report: dict[str, Any], before: Path | None) -> None:
+    """Write import.json; that of a city which was appended to goes inside."""
+    if before:
+        report = report | {"before": _read_report(before)}
+    temporary = folder / f".import-{os.getpid()}.json"
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, folder / "import.json")
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """Read import.json; a city that was not imported has none."""
+    path = folder / "import.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it.") from error
 
 
 def find_masks(

@@ -52,7 +52,7 @@ def import_film(
     source: Source, making: Making, out: Path, *, overwrite: bool = False
 ) -> tuple[City, dict[str, Any]]:
     """Write a city from videos; give it, and the report of import.json."""
-    check_free(out, overwrite)
+    check_free(out, overwrite or making.append)
     text = source.track.read_text(encoding="utf-8-sig")
     track = parse_placements(text, source.track.name)
     if track.names is not None or np.isnan(track.time_s).any():

@@ -62,7 +62,7 @@ def import_folder(
 
     Interrupted, the same call goes on behind the last whole file of panoramas.
     """
-    check_free(out, overwrite)
+    check_free(out, overwrite or making.append)
     skipped: dict[str, list[str]] = collections.defaultdict(list)
     tags = find_pictures(source.folder, skipped)
     shots, tags, notes = place_pictures(source, tags, skipped)

@@ -75,7 +75,7 @@ def import_service(
     `folder` keeps listing and pictures. `aligned` moves what was computed together to
     where its cameras say they were; else it stays where it was computed.
     """
-    check_free(out, overwrite)
+    check_free(out, overwrite or making.append)
     items, skipped = list_items(service, folder)
     if not items:
         told = "; ".join(f"{len(names)} {why}" for why, names in skipped.items())
