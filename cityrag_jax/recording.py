@@ -24,6 +24,8 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from cityrag_jax import report
+from cityrag_jax.data.clips import cover_people
+from cityrag_jax.data.masks import Shown
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import (
     JoinedVideo,
@@ -157,11 +159,16 @@ class Recording:
         if self._burnt:
             frames = np.stack([report.caption(x, self._burnt) for x in frames])
         write_video(temporary / VIDEO, frames, self.fps)
-        write_video(temporary / CONDITIONS, made.condition, self.fps)
+        city, seen = self.job.city, made.condition
+        shown = Shown()
+        if len(made.views):
+            views = made.views[: len(seen)]
+            seen, shown = cover_people(city, views, seen, self.job.config)
+        write_video(temporary / CONDITIONS, seen, self.fps)
         write_image(temporary / "last.png", made.frames[-1])
         facts = {"frames": [made.span.begin, made.span.end - 1]}
         facts |= {"seconds": round(made.seconds, 3)}
-        facts |= describe_views(self.job.city, made)
+        facts |= describe_views(city, made) | shown._asdict()
         report.write_text(temporary / "clip.json", json.dumps(facts))
         temporary.rename(folder)
         self._grow(made.number)
@@ -212,8 +219,8 @@ class Recording:
         self._clean()
 
     def _write_page(self, sidecar: dict[str, Any]) -> None:
-        sections = {}
-        for number, clip in enumerate(sidecar["clips"]):
+        sections, clips = {}, sidecar["clips"]
+        for number, clip in enumerate(clips):
             first, last = clip["frames"]
             frames = pick_frames(self._clip(number) / VIDEO, STRIP)
             behind = self.job.spans[number].end - self.job.spans[number].first
@@ -223,6 +230,7 @@ class Recording:
             name = f"Clip {number}, frames {first} to {last}: drives {drives}, "
             name += f"{clip['mean_distance_m']} m off the path, {clip['seconds']} s"
             sections[name] = report.side_by_side(rows, count=STRIP)
+        shown = Shown(*(sum(c.get(f, 0) for c in clips) for f in Shown._fields))
         owners = [f"{x['attribution']} ({x['licence']})" for x in sidecar["sources"]]
         size = "x".join(map(str, reversed(sidecar["size"])))
         facts = {
@@ -234,6 +242,8 @@ class Recording:
             "Weights": str(self.identity.get("weights", ""))[:16],
             "Panoramas": "; ".join(owners),
         }
+        if shown.not_anonymised:
+            facts["People"] = shown.describe()
         picture = read_image(self.out / "map.png")
         report.write_page(self.out / PAGE, "Street video", picture, facts, sections)
 

@@ -20,7 +20,8 @@ from jaxtyping import Float64, UInt8
 from cityrag_jax import report
 from cityrag_jax.commands import Command
 from cityrag_jax.data import inventory
-from cityrag_jax.data.clips import ClipConfig, show_views
+from cityrag_jax.data.clips import ClipConfig, cover_people, show_views
+from cityrag_jax.data.masks import Shown
 from cityrag_jax.data.pairs import PAIRS, Pairs, load_pairs
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
@@ -84,10 +85,11 @@ def survey_path(
             f"nearest is {distance_m.min():.0f} m away. Draw it along captured streets "
             "(city.png shows them), or are latitude and longitude swapped?"
         )
-    facts = path_facts(city, ecef_from_camera, match, views)
+    frames = show_views(city, views, config)
+    frames, shown = cover_people(city, views, frames, config)
+    facts = path_facts(city, ecef_from_camera, match, views) | shown._asdict()
     report.write_text(out / "path.json", json.dumps(facts, indent=1) + "\n")
     _draw_path(city, ecef_from_camera, views, out / "path.png")
-    frames = show_views(city, views, config)
     write_video(out / "conditions.mp4", frames, fps)
     write_image(out / "contacts.jpg", _contacts(city, views, frames))
     return facts
@@ -123,7 +125,6 @@ def path_facts(
         "captured": sorted({_day(day) for day in days.tolist()}),
         "days_older_than_the_newest": round(float(newest - days.min())),
         "sources": sources,
-        "not_anonymised": int(np.sum(~columns.anonymised[np.unique(views.captures)])),
     }
 
 
@@ -177,11 +178,9 @@ def describe_path(facts: dict[str, Any]) -> str:
         f"{facts['against_the_drive']:.0%} against the drive; gaps: {gaps}",
         *(_describe_source(source) for source in facts["sources"]),
     ]
-    if facts["not_anonymised"]:
-        lines.append(
-            f"  look at: {facts['not_anonymised']} captures shown are not anonymised; "
-            "people and plates are not masked in the pictures"
-        )
+    shown = Shown(facts["not_anonymised"], facts["masked"])
+    if shown.not_anonymised:
+        lines.append(f"  look at: {shown.describe()}")
     return "\n".join(lines)
 
 

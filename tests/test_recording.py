@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 import re
+import shutil
 
 import av
 import cv2
@@ -12,9 +13,11 @@ import pytest
 import synthetic_city as synthetic
 from test_rollout import Painter
 
-from cityrag_jax.data.clips import ClipConfig
+from cityrag_jax import recording
+from cityrag_jax.data.clips import ClipConfig, show_views
+from cityrag_jax.data.masks import mask_path
 from cityrag_jax.data.store import City
-from cityrag_jax.data.video import read_image, read_video
+from cityrag_jax.data.video import read_image, read_video, write_image, write_video
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.trajectory import relative_poses
 from cityrag_jax.recording import Recording, sources
@@ -163,7 +166,7 @@ def test_a_folder_with_another_video_is_refused(job, whole, tmp_path, finished):
     before = sorted(path.name for path in out.iterdir() if path.name != "lock")
     with pytest.raises(ValueError, match="seed is 3 there, 4 here.* another --out"):
         record(out, dataclasses.replace(job, seed=4), Painter())
-    with pytest.raises(ValueError, match="holds another video: weights is abc there"):
+    with pytest.raises(ValueError, match="holds another video: weights is 'abc' there"):
         record(out, job, Painter(), facts={"weights": "x"})
     after = sorted(path.name for path in out.iterdir() if path.name != "lock")
     assert before == after
@@ -205,6 +208,42 @@ def test_sources_name_every_kind_of_licence_once(city):
     ada = dict(licence="CC-BY-4.0", attribution="Ada", anonymised=False)
     assert sources(mixed, np.array([3, 1, 5])) == [nobody]
     assert sources(mixed, np.array([70, 3, 71, 4])) == [ada, nobody]
+
+
+def test_people_are_masked_in_what_is_shown_and_the_page_says_where_not(
+    city, job, whole, tmp_path, monkeypatch
+):
+    """The model's condition is not changed: the video is the same."""
+    columns, shown = city.captures, []
+
+    def write(path, frames, *rest):
+        if path.name == recording.CONDITIONS:
+            shown.append(frames)
+        write_video(path, frames, *rest)
+
+    monkeypatch.setattr(recording, "write_video", write)
+    city.captures = dataclasses.replace(columns, anonymised=columns.time_s < 0)
+    try:
+        path = mask_path(city, int(job.views[0].captures[0]))
+        path.parent.mkdir()
+        write_image(path, np.full((30, 60, 3), 255, np.uint8))
+        record(tmp_path / "x", job, Painter())
+    finally:
+        city.captures = columns
+        shutil.rmtree(city.folder / "masks")
+    sidecar = json.loads((tmp_path / "x" / "generate.json").read_text())
+    assert sidecar["clips"][0]["masked"] == 1
+    assert sidecar["clips"][0]["not_anonymised"] == len(job.views[0])
+    assert (
+        "people and plates can be recognised"
+        in (tmp_path / "x" / "report.html").read_text()
+    )
+    views = show_views(city, job.views[0], CONFIG)
+    assert np.any(shown[0][0] != views[0])
+    np.testing.assert_array_equal(shown[0][1:], views[1:])
+    assert (tmp_path / "x" / "video.mp4").read_bytes() == (
+        whole / "video.mp4"
+    ).read_bytes()
 
 
 def test_owners_are_burnt_into_what_is_shown_not_into_what_clips_start_from(

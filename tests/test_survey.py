@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax import survey
-from cityrag_jax.data import inventory
+from cityrag_jax.data import inventory, masks
 from cityrag_jax.data.pairs import PairConfig, mine_pairs, save_pairs
-from cityrag_jax.data.video import read_image, read_video
+from cityrag_jax.data.video import read_image, read_video, write_image
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.trajectory import yaw_rotation
 
@@ -113,10 +114,27 @@ def test_captures_that_show_people_are_said(city, tmp_path, capsys):
         poses = survey.read_path(path, city, 1.0)
         config = survey.ClipConfig(height=32, width=64)
         facts = survey.survey_path(city, poses, config, tmp_path)
+        assert facts["not_anonymised"] > 50 and facts["masked"] == 0
+        said = survey.describe_path(facts)
+        assert "captures shown are not anonymised: in " in said
+        # Of one capture the mask is there: a post straight ahead.
+        match = survey.match_path(city.index, poses, survey.Costs())
+        views = survey.ground_path(city.index, poses, match)
+        frames = survey.show_views(city, views, config)
+        mask = np.zeros((90, 180, 3), np.uint8)
+        mask[:, 85:95] = 255
+        path = masks.mask_path(city, int(views.captures[3]))
+        path.parent.mkdir()
+        write_image(path, mask)
+        covered, shown = survey.cover_people(city, views, frames, config)
+        assert shown == (facts["not_anonymised"], 1)
+        assert "1 are masked, in" in shown.describe()
+        differs = np.any(covered != frames, axis=-1)
+        assert differs[3, :, 27:37].mean() > 0.5 and not differs[3, :, :22].any()
+        assert not differs[np.arange(len(frames)) != 3].any()
     finally:
         city.captures = columns
-    assert facts["not_anonymised"] > 50
-    assert "not masked" in survey.describe_path(facts)
+        shutil.rmtree(city.folder / "masks", ignore_errors=True)
 
 
 def test_a_path_elsewhere_is_refused_with_its_distance(city, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
 from cityrag_jax.batch import Clip
+from cityrag_jax.data.masks import Shown, cover_views
 from cityrag_jax.data.pairs import Pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.grounding import Views
@@ -156,9 +157,24 @@ def show_views(
     city: City, views: Views, config: ClipConfig
 ) -> UInt8[np.ndarray, "n H W 3"]:
     """Crop the captures that ground a path, each facing as the path does there."""
+    return _views(city, views.captures, view_yaws(city, views), config)
+
+
+def view_yaws(city: City, views: Views) -> Float64[np.ndarray, " n"]:
+    """Give by what each view is turned right from its capture's own heading."""
     poses = city.captures.ecef_from_camera[views.captures]
-    yaw_rad = views.heading_rad - headings(poses)
-    return _views(city, views.captures, yaw_rad, config)
+    return views.heading_rad - headings(poses)
+
+
+def cover_people(
+    city: City,
+    views: Views,
+    frames: UInt8[np.ndarray, "n H W 3"],
+    config: ClipConfig,
+) -> tuple[UInt8[np.ndarray, "n H W 3"], Shown]:
+    """Mask people and plates in `show_views`, for whoever looks at them."""
+    yaw_rad = view_yaws(city, views)
+    return cover_views(city, views.captures, yaw_rad, frames, config.fov_deg)
 
 
 def pad_condition(
