@@ -1,21 +1,23 @@
 """What must hold at the size of the paper: ten cities of 550,000 panoramas.
 
 Captures alone, no pictures: streets of a kilometre, driven four times, half a metre
-apart, with errors of position that follow each other. The limits are issue's of a
-laptop with two cores: mining all in 3 minutes and 4 GiB, an index of all in 10 s and
-1 GiB, the nearest capture in 100 microseconds.
+apart, with errors of position that follow each other. All in a process of its own,
+whose memory is nobody else's; seconds are a processor's, so that they mean the same on
+a busy machine.
 """
 
 import json
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import json, resource, sys, time
 import numpy as np
 from cityrag_jax.data.captures import Captures
 from cityrag_jax.data.pairs import PairConfig, mine_pairs
-from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.geo.ecef import drop_to_ellipsoid, ecef_from_enu
 from cityrag_jax.geo.retrieval import index_captures
 from cityrag_jax.geo.trajectory import level_poses
 
@@ -43,44 +45,64 @@ def city(number, streets):
     kept = np.ones(len(drive), bool)
     return Captures(anchor @ enu, time_s, drive, near, zeros, zeros, kept)
 
-def memory():
+def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**30
+
 cities, streets = int(sys.argv[1]), int(sys.argv[2])
-facts = {"mining_s": 0.0, "pairs": 0, "captures": 0, "made_gib": 0.0}
+facts = {"mining_s": 0.0, "pairs": 0, "captures": 0}
 places = []
 for number in range(cities):
     captures = city(number, streets)
-    facts["made_gib"] = max(facts["made_gib"], memory() if number == 0 else 0)
     began = time.process_time()
     pairs = mine_pairs(captures, f"city {number}", PairConfig(buffer_m=100.0))
     facts["mining_s"] += time.process_time() - began
     facts["pairs"] += len(pairs)
     facts["captures"] += len(captures)
-    places.append(captures.ecef_from_camera[:, :3].copy())
+    places.append(captures.ecef_from_camera[:, :3, 3].copy())
     del captures, pairs
-    facts["mining_gib"] = memory()
-if len(sys.argv) > 3:
-    count = facts["captures"]
-    poses = np.zeros((count, 4, 4))
-    poses[:, :3], poses[:, 3, 3] = np.concatenate(places), 1
-    places = None
-    drive = np.repeat(np.arange(count // STREET, dtype=np.int32), STREET)
-    before, began = memory(), time.process_time()
-    index = index_captures(poses, drive, np.zeros(count))
-    facts["index_s"] = time.process_time() - began
-    facts["index_gib"] = memory() - before
-    asked = poses[np.random.default_rng(0).integers(0, count, 2000), :3, 3] + 1.0
-    began = time.process_time()
-    for place in asked:
-        index.tree.query(place)
-    facts["nearest_us"] = (time.process_time() - began) / len(asked) * 1e6
+facts["most_gib"] = most()
+poses = np.tile(np.eye(4), (facts["captures"], 1, 1))
+poses[:, :3, 3] = np.concatenate(places)
+drive = np.repeat(np.arange(len(poses) // STREET, dtype=np.int32), STREET)
+time_s, before, began = np.zeros(len(poses)), held(), time.process_time()
+index = index_captures(poses, drive, time_s)
+facts["index_s"] = time.process_time() - began
+facts["index_gib"] = held() - before
+asked = poses[np.random.default_rng(0).integers(0, len(poses), 2000), :3, 3] + 1.0
+asked, _ = drop_to_ellipsoid(asked)  # as whoever looks for a place on the map
+began = time.process_time()
+for place in asked:
+    index.tree.query(place)
+facts["nearest_us"] = (time.process_time() - began) / len(asked) * 1e6
 print(json.dumps(facts))
 """
 
 
-def measure(*words) -> dict:
-    """Run in a process of its own, whose memory is nobody else's."""
-    command = [sys.executable, "-c", PROGRAM, *map(str, words)]
+def measure(cities: int) -> dict:
+    """Mine and index cities of 552,000 captures."""
+    command = [sys.executable, "-c", PROGRAM, str(cities), "69"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
+    print(done.stdout)
     return json.loads(done.stdout)
+
+
+@pytest.mark.long
+def test_a_city_of_the_papers_size_is_mined_in_seconds():
+    """A tenth of what all may take: 3 minutes, and far from 4 GiB."""
+    facts = measure(1)
+    assert facts["captures"] == 552_000 and facts["pairs"] > 150_000
+    assert facts["mining_s"] < 18 and facts["most_gib"] < 1.5
+    assert facts["index_s"] < 1 and facts["nearest_us"] < 100
+
+
+@pytest.mark.faults
+def test_ten_cities_of_the_papers_size_are_mined_in_three_minutes():
+    """With four gibibytes, and found again: 10 s, 1 GiB, 100 microseconds."""
+    facts = measure(10)
+    assert facts["captures"] == 5_520_000 and facts["pairs"] > 1_500_000
+    assert facts["mining_s"] < 180 and facts["most_gib"] < 4
+    assert facts["index_s"] < 10 and facts["index_gib"] < 1
+    assert facts["nearest_us"] < 100
