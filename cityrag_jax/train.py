@@ -7,7 +7,7 @@ Everything is checked before training starts. Killed at any moment and started a
 with the same command, it goes on from the last whole checkpoint, as if nothing had
 happened; SIGTERM and Ctrl-C save first and exit with 143 and 130. DIR will hold:
 
-    config.json      the config; another one is refused
+    config.json      the config; once a checkpoint is there, another one is refused
     lock/            while it trains: another training there is refused
     base/            what training does not change: autoencoder, prompt, the frozen
     checkpoints/     the last few, each a folder named after its step
@@ -45,7 +45,12 @@ from cityrag_jax.parallel import (
     loading_dtype,
     on_writer,
 )
-from cityrag_jax.training.checks import check_config, claim_workdir, training_mesh
+from cityrag_jax.training.checks import (
+    check_config,
+    check_workdir,
+    claim_workdir,
+    training_mesh,
+)
 from cityrag_jax.training.examples import (
     Pool,
     Sources,
@@ -99,7 +104,7 @@ def train(config: ConfigDict, workdir: Path | str, profile: range = range(0)) ->
     lock = FolderLock(workdir)
     on_writer(lock.take)
     try:
-        on_writer(lambda: claim_workdir(workdir, config))
+        on_writer(lambda: check_workdir(workdir, config))
         with (
             layout(mesh, dict(config.train.rules)),
             TrainingCheckpoints(
@@ -122,6 +127,9 @@ def train(config: ConfigDict, workdir: Path | str, profile: range = range(0)) ->
             raise out_of_memory(error, config) from error
         raise
     finally:
+        if is_writer():
+            with contextlib.suppress(OSError):  # of a start that failed; else in use
+                (workdir / "checkpoints").rmdir()
         lock.release()
 
 
@@ -143,6 +151,7 @@ def open_program(
         return program, resume(program, base, workdir, checkpoints, config.seed)
     start = read_start(config, mesh)
     program = make(start)
+    on_writer(lambda: claim_workdir(workdir, config))
     return program, begin(program, start, workdir)
 
 

@@ -40,7 +40,12 @@ from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.parallel import batch_axes, layout, make_mesh, place_batch
 from cityrag_jax.sampling import Sampler
-from cityrag_jax.training.checks import check_config, flatten_config
+from cityrag_jax.training.checks import (
+    check_config,
+    check_workdir,
+    claim_workdir,
+    flatten_config,
+)
 from cityrag_jax.training.examples import (
     Pool,
     Waiting,
@@ -280,6 +285,22 @@ def test_another_config_in_the_same_workdir_is_refused(config, finished):
     other.optimizer.learning_rate = 0.5
     with pytest.raises(ValueError, match=r"learning_rate: 0.002 there, 0.5 now"):
         trainer.train(other, finished)
+
+
+def test_only_a_workdir_with_a_checkpoint_is_claimed(config, tmp_path):
+    """What was killed before its first checkpoint has nothing to be gone on with."""
+    claim_workdir(tmp_path, config)
+    other = config.copy_and_resolve_references()
+    other.optimizer.learning_rate = 0.5
+    (tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)
+    check_workdir(tmp_path, other)
+    (tmp_path / "checkpoints" / "9").mkdir()
+    check_workdir(tmp_path, config)
+    with pytest.raises(ValueError, match="learning_rate: 0.002 there, 0.5 now"):
+        check_workdir(tmp_path, other)
+    (tmp_path / "config.json").write_text('{"train.steps":')
+    with pytest.raises(ValueError, match="config.json is damaged: it is not the JSON"):
+        check_workdir(tmp_path, config)
 
 
 def test_streaming_stops_at_the_limit_of_time_and_starts_from_a_model(
@@ -781,6 +802,7 @@ def test_missing_inputs_are_refused_with_the_remedy(folder, config, tmp_path):
     changed.model.vae = ""
     with pytest.raises(ValueError, match="configs/toy_vae.py"):
         trainer.train(changed, tmp_path / "b")
+    assert not (tmp_path / "b").exists()  # so that the corrected command may have it
     shutil.copytree(folder / "city", tmp_path / "city")
     (tmp_path / "city" / "pairs.parquet").unlink()
     changed.data.city = str(tmp_path / "city")

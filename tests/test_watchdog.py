@@ -1,11 +1,13 @@
 """Who is stuck is named; what goes wrong in a training is said with its cure."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cityrag_jax.training import grace
+from cityrag_jax.training import grace, watchdog
 from cityrag_jax.training.losses import Losses
 from cityrag_jax.training.watchdog import describe_stuck
 
@@ -32,6 +34,26 @@ def test_who_no_longer_says_anything_is_stuck_though_nobody_is_behind():
     told = places(8, 8, 7)
     told[1]["silent"] = True
     assert "stuck is process 1, doing 8. The" in describe_stuck(told, 60.0)
+
+
+@pytest.mark.parametrize("mine, peer", [(0, 1), (1, 0)])
+def test_a_peer_that_was_heard_of_and_falls_silent_is_named(
+    tmp_path, monkeypatch, mine, peer
+):
+    """One that a killed training left behind was never heard of."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: mine)
+    monkeypatch.setattr(watchdog, "LOST_S", 2.5)
+    ours = watchdog.Watchdog(tmp_path, 100.0)
+    theirs = tmp_path / f"{peer}.json"
+    assert ours._lost() is None
+    theirs.write_text("{}")
+    assert not any(ours._lost() for _ in range(9))
+    for time_s in (1, 2, 3):
+        os.utime(theirs, (time_s, time_s))
+        assert not any(ours._lost() for _ in range(3))
+    said = ours._lost()
+    assert f"process {peer} is lost" in said and "goes on from the last" in said
 
 
 def feed(losses, first, values):

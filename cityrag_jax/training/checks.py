@@ -165,19 +165,42 @@ def _check_transformer(config, mesh, require):
         require(0 <= share < 1, f"train.{name} {share} must be 0 to 1.")
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Write the config into a new workdir, or compare it with that of a used one."""
-    path = workdir / "config.json"
-    flat = flatten_config(config)
-    if path.exists():
-        compare_configs(json.loads(path.read_text()), flat, workdir)
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Compare the config with that of what was trained in a workdir, if anything was.
+
+    One without a checkpoint holds nothing to be lost, and takes any config.
+    """
+    if not _was_trained(workdir):
         return
-    if (workdir / "checkpoints").exists():
+    path = workdir / "config.json"
+    if not path.exists():
         raise ValueError(f"{workdir} has checkpoints but no config.json; use another.")
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"{path} is damaged: it is not the JSON object that training writes; put "
+            "it back from a copy, or choose another --workdir."
+        )
+    compare_configs(stored, flatten_config(config), workdir)
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Write the config of a training that begins."""
+    path = workdir / "config.json"
     temporary = path.with_suffix(".tmp")
+    flat = flatten_config(config)
     temporary.write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
     temporary.rename(path)
+
+
+def _was_trained(workdir: Path) -> bool:
+    saved = workdir / "checkpoints"
+    names = [path.name for path in saved.iterdir()] if saved.exists() else []
+    damaged = list(workdir.glob("damaged-*"))
+    return bool(damaged) or any(name.isdigit() for name in names)
 
 
 def flatten_config(config: ConfigDict) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A process that lives but gets no further is named, and the training ends.
 
-JAX notices a process that died. One that hangs (a disk that does not answer, a worker
+One that died leaves the others waiting, too, until JAX ends them without a word on who
+it was (100 s). So each is listened to: the first process by all, all by the first.
+One that hangs (a disk that does not answer, a worker
 without an end) leaves the others waiting inside a collective for ever. So each process
 says in a file of the workdir how far it is, touched as long as it lives, and one that
 has got no further for the limit reads what all say: the culprits are those that have
@@ -18,6 +20,7 @@ from pathlib import Path
 import jax
 
 STUCK = 75  # exit code: try again (EX_TEMPFAIL)
+LOST_S = 60.0  # of silence, before JAX's own 100 s are over
 
 
 class Watchdog:
@@ -31,6 +34,8 @@ class Watchdog:
         self._file = folder / f"{jax.process_index()}.json"
         self._count, self._doing = 0, "starting"
         self._since = time.monotonic()
+        self._heard: dict[int, tuple[float, float, int]] = {}
+        self._look_s = min(1.0, limit_s / 10)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -54,22 +59,45 @@ class Watchdog:
         self._doing, self._since = doing, time.monotonic()
 
     def _watch(self) -> None:
-        told = -1
-        while not self._closed.wait(min(1.0, self._limit_s / 10)):
-            if self._count != told:
-                told = self._count
+        count = -1
+        while not self._closed.wait(self._look_s):
+            if self._count != count:
+                count = self._count
                 with contextlib.suppress(OSError):  # is the disk full, a save says so
-                    self._tell(told)
+                    self._tell(count)
             with contextlib.suppress(OSError):
                 os.utime(self._file)
-            if time.monotonic() - self._since > self._limit_s:
-                print(self._verdict(), file=sys.stderr, flush=True)
+            told = self._lost() if jax.process_count() > 1 else None
+            if told is None and time.monotonic() - self._since > self._limit_s:
+                told = self._verdict()
+            if told is not None:
+                print(told, file=sys.stderr, flush=True)
                 os._exit(STUCK)
 
     def _tell(self, count: int) -> None:
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps({"count": count, "doing": self._doing}))
         os.replace(temporary, self._file)
+
+    def _lost(self) -> str | None:
+        """Say which process has fallen silent since it was heard of; None if none.
+
+        Counted in looks, not in time, in which all may have been suspended.
+        """
+        peers = [0] if jax.process_index() else range(1, jax.process_count())
+        for peer in peers:
+            try:  # opening it makes NFS ask for the newest
+                with (self._folder / f"{peer}.json").open() as file:
+                    touched = os.fstat(file.fileno()).st_mtime
+            except OSError:  # not begun, or at its end
+                self._heard.pop(peer, None)
+                continue
+            first, last, looks = self._heard.get(peer, (touched, touched, 0))
+            looks = looks + 1 if touched == last else 0
+            self._heard[peer] = first, touched, looks
+            if touched != first and looks * self._look_s > LOST_S:
+                return describe_lost(peer, LOST_S)
+        return None
 
     def _verdict(self) -> str:
         """Say who is stuck; times are compared on the file system's own clock."""
@@ -82,6 +110,16 @@ class Watchdog:
                 told = json.loads(file.read_text()) | {"silent": silent}
                 places.setdefault(int(file.stem), told)
         return describe_stuck(places, self._limit_s)
+
+
+def describe_lost(peer: int, silent_s: float) -> str:
+    """Say that a process is gone, and what to do."""
+    return (
+        f"error: process {peer} is lost: nothing was heard of it for {silent_s:.0f} s, "
+        "and no update can end without it. The training ends here; look at its machine "
+        "and at what it said last, end what is left of it, and the same command goes "
+        "on from the last checkpoint."
+    )
 
 
 def describe_stuck(places: dict[int, dict], limit_s: float) -> str:
