@@ -59,7 +59,8 @@ def test_drives_stop_lose_stretches_and_come_back(made):
     for drive in given:
         place_m = drive.enu_from_camera[:, :2, 3]
         steps_m = np.linalg.norm(np.diff(place_m, axis=0), axis=1)
-        assert np.sum(steps_m > 20) == 1 and np.all(np.diff(drive.time_s) > 0)
+        lost = np.diff(drive.time_s) > 1.5  # 25 m at about 10 m/s
+        assert lost.sum() == 1 and np.all(np.diff(drive.time_s) > 0)
         assert np.diff(np.flatnonzero(steps_m)).max() > 40
     back, both = given[-2:]
     # A camera on the way back looks against the first drive's, from the other lane.
@@ -85,7 +86,8 @@ def test_a_troubled_city_is_still_mined_and_matched(made):
     match = match_path(index_of(given), truth[::2])
     near_m = match.distance_m[np.isfinite(match.distance_m)]
     assert len(near_m) > 0.9 * len(match.distance_m)
-    assert np.percentile(near_m, 95) < 5  # two deviations of drift, and noise
+    # Drift of 2 m east and north is below 4.9 m in 95 of 100; lanes are 3 m apart.
+    assert np.percentile(near_m, 95) < 4.9 + 3
 
 
 def test_pictures_are_of_the_true_poses_and_the_default_is_untouched(

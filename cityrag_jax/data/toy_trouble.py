@@ -28,8 +28,8 @@ class Trouble:
     `altitude_m` is each drive's own error of height, `hill_m` how high a hill is.
     `tilt_deg` is by how much pitch and roll wobble, untold. Of every drive `gaps`
     stretches are missing; `stops` captures stand still after a fifth of it, and jitter
-    by the noise. `reversed` drives per route come back the other way on another day, `doubled`
-    go there and back in one.
+    by the noise. `reversed` drives per route come back the other way on another day,
+    `doubled` go there and back in one.
     """
 
     noise_m: float = 0.0
