@@ -27,6 +27,7 @@ from cityrag_jax.data import build
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
+from cityrag_jax.data.toy_trouble import read_trouble
 from cityrag_jax.importers.cities import Making, describe_import
 from cityrag_jax.importers.film import Source as Film
 from cityrag_jax.importers.film import import_film
@@ -112,6 +113,7 @@ COMMAND.takes(
 COMMAND.takes(
     "--declination-deg", type=float, default=0.0, help="added to magnetic headings"
 )
+COMMAND.takes("--trouble", help="of a toy: noise_m=0.3,drift_m=2,gaps=1,... or all")
 COMMAND.takes(
     "--preset", choices=list(build.PRESETS), default="demo", help="size of a toy's plan"
 )
@@ -257,6 +259,7 @@ def build_toy(given: argparse.Namespace, limits: dict) -> City:
         height=given.height or 512,
         quality=given.quality,
         overwrite=given.overwrite,
+        trouble=read_trouble(given.trouble),
         **limits,
     )
 
