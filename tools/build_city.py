@@ -89,8 +89,11 @@ COMMAND.takes(
     "--blur-masks", type=Path, help="masks NAME.png, white on what is to be blurred"
 )
 COMMAND.takes(
-    "--poses", type=Path, help="their places: .csv, .gpx, mapillary_tools' .json"
+    "--poses",
+    type=Path,
+    help="their places: .csv, .gpx, mapillary_tools' .json, COLMAP's images.txt, TUM",
 )
+COMMAND.takes("--anchor", help="LATITUDE,LONGITUDE,HEIGHT of local metres in --poses")
 COMMAND.takes(
     "--clock-offset-s",
     type=float,
@@ -203,8 +206,22 @@ def import_owned(given: argparse.Namespace, making: Making) -> tuple[City, dict]
             raise ValueError("--source=video needs --poses=TRACK.gpx, with times.")
         film = Film(given.origin, given.poses, origin, given.clock_offset_s)
         return import_film(film, making, given.out, overwrite=given.overwrite)
-    source = Source(given.origin, origin, given.poses, given.clock_offset_s or 0.0)
+    clock_s, anchor = given.clock_offset_s or 0.0, read_anchor(given.anchor)
+    source = Source(given.origin, origin, given.poses, clock_s, anchor)
     return import_folder(source, making, given.out, overwrite=given.overwrite)
+
+
+def read_anchor(text: str | None) -> tuple[float, float, float] | None:
+    """Read a place that local metres count from."""
+    if text is None:
+        return None
+    try:
+        latitude, longitude, height_m = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--anchor={text}: write LATITUDE,LONGITUDE,HEIGHT, such as 48.1,11.6,520."
+        ) from None
+    return latitude, longitude, height_m
 
 
 def import_listed(given: argparse.Namespace, making: Making) -> tuple[City, dict]:
