@@ -201,7 +201,8 @@ class Recording:
         write_overview(self.out)
         write_map(self.out / "map.png", self.job)
         poses = relative_poses(self.job.ecef_from_camera)
-        report.write_text(self.out / "poses.tum", format_tum(poses, self.fps))
+        first = self.job.ecef_from_camera[0]
+        report.write_text(self.out / "poses.tum", format_tum(poses, self.fps, first))
         sidecar = facts | {
             "synthetic": True,
             "city": self.job.city.name,

@@ -27,6 +27,7 @@ from cityrag_jax.data import build
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
 from cityrag_jax.data.store import City
 from cityrag_jax.data.toy_city import ANCHORS
+from cityrag_jax.data.toy_trouble import read_trouble
 from cityrag_jax.importers.cities import Making, describe_import
 from cityrag_jax.importers.film import Source as Film
 from cityrag_jax.importers.film import import_film
@@ -88,8 +89,11 @@ COMMAND.takes(
     "--blur-masks", type=Path, help="masks NAME.png, white on what is to be blurred"
 )
 COMMAND.takes(
-    "--poses", type=Path, help="their places: .csv, .gpx, mapillary_tools' .json"
+    "--poses",
+    type=Path,
+    help="their places: .csv, .gpx, mapillary_tools' .json, COLMAP's images.txt, TUM",
 )
+COMMAND.takes("--anchor", help="LATITUDE,LONGITUDE,HEIGHT of local metres in --poses")
 COMMAND.takes(
     "--clock-offset-s",
     type=float,
@@ -109,6 +113,7 @@ COMMAND.takes(
 COMMAND.takes(
     "--declination-deg", type=float, default=0.0, help="added to magnetic headings"
 )
+COMMAND.takes("--trouble", help="of a toy: noise_m=0.3,drift_m=2,gaps=1,... or all")
 COMMAND.takes(
     "--preset", choices=list(build.PRESETS), default="demo", help="size of a toy's plan"
 )
@@ -201,8 +206,22 @@ def import_owned(given: argparse.Namespace, making: Making) -> tuple[City, dict]
             raise ValueError("--source=video needs --poses=TRACK.gpx, with times.")
         film = Film(given.origin, given.poses, origin, given.clock_offset_s)
         return import_film(film, making, given.out, overwrite=given.overwrite)
-    source = Source(given.origin, origin, given.poses, given.clock_offset_s or 0.0)
+    clock_s, anchor = given.clock_offset_s or 0.0, read_anchor(given.anchor)
+    source = Source(given.origin, origin, given.poses, clock_s, anchor)
     return import_folder(source, making, given.out, overwrite=given.overwrite)
+
+
+def read_anchor(text: str | None) -> tuple[float, float, float] | None:
+    """Read a place that local metres count from."""
+    if text is None:
+        return None
+    try:
+        latitude, longitude, height_m = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--anchor={text}: write LATITUDE,LONGITUDE,HEIGHT, such as 48.1,11.6,520."
+        ) from None
+    return latitude, longitude, height_m
 
 
 def import_listed(given: argparse.Namespace, making: Making) -> tuple[City, dict]:
@@ -240,6 +259,7 @@ def build_toy(given: argparse.Namespace, limits: dict) -> City:
         height=given.height or 512,
         quality=given.quality,
         overwrite=given.overwrite,
+        trouble=read_trouble(given.trouble),
         **limits,
     )
 

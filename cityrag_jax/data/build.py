@@ -24,6 +24,7 @@ from cityrag_jax.data.pairs import (
 from cityrag_jax.data.store import City, write_city
 from cityrag_jax.data.toy_city import CityConfig, Drive, city, drives
 from cityrag_jax.data.toy_render import render_panoramas
+from cityrag_jax.data.toy_trouble import Trouble, misbehave, record, wobble
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.progress import Progress
 
@@ -57,20 +58,27 @@ def build_toy_city(
     held_out_fraction: float = 0.25,
     quality: int = 90,
     overwrite: bool = False,
+    trouble: Trouble | None = None,
     **limits: float | int,
 ) -> City:
     """Render a toy city's panoramas, write them as a city, mine pairs of its drives.
 
     `held_out_fraction` of the neighbourhoods is kept for evaluation: 1.0 for a city
-    never trained on; `limits` are other values of `PairConfig`.
+    never trained on; `limits` are other values of `PairConfig`. `trouble` makes it as
+    wrong as real recordings are.
     """
-    made = drives(config)
+    told = made = drives(config)
     anchor = (config.latitude_deg, config.longitude_deg, config.height_m)
     generator = {"toy_city": dataclasses.asdict(config), "jpeg_quality": quality}
+    if trouble is not None:
+        driven = misbehave(config, made, trouble)
+        told = [record(config, drive, trouble) for drive in driven]
+        made = [wobble(config, drive, trouble) for drive in driven]
+        generator["trouble"] = dataclasses.asdict(trouble)
     header = CityHeader(
         config.name, height, anchor, (LICENCE,), (ATTRIBUTION,), generator
     )
-    captures = columns_of(made, anchor)
+    captures = columns_of(told, anchor)
     # Before the long part: a city without pairs is of no use.
     limits = {**TOY_LIMITS, **limits}
     rules = pair_config(num_frames, held_out_fraction, **limits)

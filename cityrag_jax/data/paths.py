@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from cityrag_jax.data.store import City
+from cityrag_jax.geo.camera_files import parse_cameras, place_cameras
 from cityrag_jax.geo.ecef import ecef_from_geodetic
 from cityrag_jax.geo.matching import fill_heights
 from cityrag_jax.geo.path_files import SUFFIXES, parse_path
@@ -21,11 +22,17 @@ def read_path(
 ) -> Float64[np.ndarray, "N 4 4"]:
     """Read a path as camera poses on Earth, one every `spacing_m`.
 
-    A .txt is a camera script, whose seconds are `fps` poses long.
+    A .txt may be a camera script, whose seconds are `fps` poses long. Files of poses
+    (`geo/camera_files`) give every frame its own; what is not ECEF in them counts from
+    the city's anchor.
     """
     path = Path(path)
-    text = read_words(path)
+    text = path.read_bytes() if _is_array(path) else read_words(path)
     try:
+        cameras = parse_cameras(text, path.name)
+        if cameras is not None:
+            poses = place_cameras(cameras, city.header.anchor, path.name)
+            return _checked(poses)
         if path.suffix.lower() == ".txt":
             return lay_script(text, city, spacing_m, fps, path.name)
         return _lay(parse_path(text, path.name), city, spacing_m)
@@ -33,6 +40,21 @@ def read_path(
         if path.name in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
+
+
+def _is_array(path: Path) -> bool:
+    return path.suffix.lower() == ".npy" and path.is_file()
+
+
+def _checked(poses: Float64[np.ndarray, "N 4 4"]) -> Float64[np.ndarray, "N 4 4"]:
+    """Refuse poses that no one means as the frames of a video."""
+    steps_m = np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)
+    if len(poses) < 2 or len(poses) > MOST_POSES or not steps_m.sum() < LONGEST_M:
+        raise ValueError(
+            f"{len(poses)} poses, {steps_m.sum() / 1000:,.1f} km; give 2 to "
+            f"{MOST_POSES:,} poses, one a frame, within {LONGEST_M / 1000:,.0f} km."
+        )
+    return poses
 
 
 def lay_script(
@@ -67,7 +89,8 @@ def read_words(path: Path) -> str:
     """Read a text file in UTF-8 or, as Excel may write it, UTF-16 with its mark."""
     if not path.is_file():
         raise ValueError(
-            f"{path} does not exist; give a path as .{', .'.join(SUFFIXES)} or .txt."
+            f"{path} does not exist; give a path as .{', .'.join(SUFFIXES)}, "
+            ".txt, .tum or .npy."
         )
     content = path.read_bytes()
     code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 from scipy.spatial.transform import Rotation
 
+from cityrag_jax.geo.camera_files import ANCHOR_NOTE
 from cityrag_jax.geo.ecef import ecef_from_geodetic
 
 MEET_M = 20.0  # lines whose ends lie nearer are one
@@ -303,17 +304,23 @@ def format_lines(
     return json.dumps(document, indent=1) + "\n"
 
 
-def format_tum(first_from_camera: Float32[np.ndarray, "N 4 4"], fps: float) -> str:
+def format_tum(
+    first_from_camera: Float32[np.ndarray, "N 4 4"],
+    fps: float,
+    ecef_from_first: Float64[np.ndarray, "4 4"],
+) -> str:
     """Write poses as a TUM trajectory: seconds, place in metres, quaternion x y z w.
 
-    Of the cameras in the frame of the first one: x right, y down, z forward.
+    Of the cameras in the frame of the first one: x right, y down, z forward. A note
+    says where that stands, so that the file is a path again.
     """
     quaternions = Rotation.from_matrix(first_from_camera[:, :3, :3]).as_quat(
         canonical=True
     )
     rows = np.concatenate([first_from_camera[:, :3, 3], quaternions], axis=1)
     lines = [
-        "# seconds x y z qx qy qz qw, in the first camera's frame (OpenCV), metres"
+        "# seconds x y z qx qy qz qw, in the first camera's frame (OpenCV), metres",
+        " ".join([ANCHOR_NOTE, *(f"{x:.17g}" for x in ecef_from_first[:3].flat)]),
     ]
     for number, row in enumerate(rows):
         numbers = " ".join(f"{value:.9g}" for value in row)

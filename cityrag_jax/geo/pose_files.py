@@ -6,6 +6,8 @@
     .json    mapillary_image_description.json of mapillary_tools (docs of its schema):
              filename, MAPLatitude, MAPLongitude, MAPAltitude, MAPCaptureTime,
              MAPCompassHeading.TrueHeading
+    and the files of `camera_files` that have names (COLMAP) or times (TUM, nuScenes),
+    placed by an anchor
 
 Degrees, metres, Unix seconds; headings clockwise from true north, pitch up, roll with
 the right side down; NaN where a file is silent.
@@ -23,6 +25,14 @@ import numpy as np
 from jaxtyping import Float64
 
 from cityrag_jax.geo import path_files
+from cityrag_jax.geo.camera_files import (
+    EARTH_M,
+    Cameras,
+    parse_cameras,
+    place_cameras,
+)
+from cityrag_jax.geo.ecef import geodetic_from_ecef
+from cityrag_jax.geo.poses import attitudes
 
 NAMES = ("file", "filename", "file_name", "name", "picture", "image", "path")
 TIMES = ("time", "time_s", "timestamp", "datetime", "captured_at", "date")
@@ -54,8 +64,17 @@ class Placements:
         return len(self.time_s)
 
 
-def parse_placements(text: str, file_name: str) -> Placements:
-    """Read a pose file in the format that its name ends in."""
+def parse_placements(
+    text: str, file_name: str, anchor: tuple[float, float, float] | None = None
+) -> Placements:
+    """Read a pose file in the format that its name ends in.
+
+    `anchor` is latitude, longitude and height of the place that local metres east,
+    north and up count from.
+    """
+    cameras = parse_cameras(text, file_name)
+    if cameras is not None:
+        return _placed(cameras, file_name, anchor)
     suffix = file_name.rsplit(".", 1)[-1].lower()
     readers = {"csv": _parse_csv, "gpx": _parse_gpx, "json": _parse_descriptions}
     if suffix not in readers:
@@ -83,6 +102,36 @@ def parse_placements(text: str, file_name: str) -> Placements:
             "degrees."
         )
     return Placements(names, **columns)
+
+
+def _placed(
+    cameras: Cameras, file_name: str, anchor: tuple[float, float, float] | None
+) -> Placements:
+    if cameras.names is None and cameras.time_s is None:
+        raise ValueError(
+            f"{file_name} has neither names nor times of pictures; write a .csv with "
+            "the columns file, latitude, longitude, height, heading, pitch, roll."
+        )
+    at = np.linalg.norm(cameras.world_from_camera[:, :3, 3], axis=1)
+    if anchor is None and cameras.ecef_from_world is None and np.median(at) < EARTH_M:
+        raise ValueError(
+            f"{file_name} holds local metres, up to {at.max():.0f} m from their "
+            "origin; say by --anchor=LATITUDE,LONGITUDE,HEIGHT where that is."
+        )
+    poses = place_cameras(cameras, anchor or (0.0, 0.0, 0.0), file_name)
+    latitude, longitude, height_m = geodetic_from_ecef(poses[:, :3, 3])
+    heading, pitch, roll = attitudes(poses)
+    time_s = cameras.time_s
+    return Placements(
+        cameras.names,
+        np.full(len(poses), np.nan) if time_s is None else time_s,
+        latitude,
+        longitude,
+        height_m,
+        np.remainder(heading, 360),
+        pitch,
+        roll,
+    )
 
 
 def _parse_csv(text, file_name):

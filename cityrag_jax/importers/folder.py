@@ -53,6 +53,7 @@ class Source:
     origin: Origin
     poses: Path | None = None
     clock_s: float = 0.0
+    anchor: tuple[float, float, float] | None = None
 
 
 def import_folder(
@@ -159,7 +160,8 @@ def place_pictures(
     notes = _doubts(tags)
     if source.poses is not None:
         text = source.poses.read_text(encoding="utf-8-sig")
-        _replace_places(columns, names, parse_placements(text, source.poses.name))
+        told = parse_placements(text, source.poses.name, source.anchor)
+        _replace_places(columns, names, told)
     placed = ~np.isnan(columns["latitude_deg"] + columns["longitude_deg"])
     timed = ~np.isnan(columns["time_s"])
     where = "the pose file" if source.poses else "its EXIF (or give --poses=FILE)"
