@@ -15,6 +15,7 @@ from typing import Any
 
 import tqdm
 
+from cityrag_jax.files import named, write_whole
 from cityrag_jax.parallel import is_writer
 from cityrag_jax.progress import describe_time
 
@@ -121,17 +122,20 @@ class TrainingLog(NoLog):
         """Write numbers without moving the bar."""
         numbers = {k: float(v) for k, v in metrics.items()}
         line = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        self._put({"step": step, **line})
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
 
     def remark(self, step: int, text: str) -> None:
         """Say something of a step, and keep it among the reports."""
-        self._file.write(json.dumps({"step": step, "remark": text}) + "\n")
-        self._file.flush()
+        self._put({"step": step, "remark": text})
         say(text)
+
+    def _put(self, line: dict[str, Any]) -> None:
+        with named(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close bar and files."""
@@ -165,4 +169,4 @@ def _forget_after(path: Path, step: int) -> None:
     """Drop reports behind the checkpoint that a training goes on from."""
     if path.exists():
         kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
