@@ -41,6 +41,7 @@ MESH = (
     "data:2,sequence:-1; what config.sample.mesh says if not given"
 )
 Videos = UInt8[np.ndarray, "B T H W 3"]
+Begun = Float[Array, "B s h w z"]
 
 encode = jax.jit(encode_conditions)
 encode_latents = jax.jit(lambda vae, frames: encode_videos(vae, frames)[0])
@@ -91,15 +92,25 @@ class Generator:
     def _layout(self) -> contextlib.AbstractContextManager:
         return layout(self.mesh, self.rules)
 
-    def __call__(self, clip: Clip, seed: int) -> Videos:
+    def __call__(self, clip: Clip, seed: int, begun: Begun | None = None) -> Videos:
         """Generate a batch of clips; `frames[:, 0]` of each is its first image."""
-        return self.sample(self.encode(clip), clip, seed)
+        return self.sample(self.encode(clip, begun), clip, seed)
 
-    def encode(self, clip: Clip) -> Conditions:
-        """Encode what is given of a batch of clips."""
+    def begin(self, clip: Clip) -> Begun:
+        """Start on what does not need a batch's first images: its retrieved videos.
+
+        The devices encode them while the host does something else.
+        """
+        with self._layout():
+            return encode_latents(self.bundle.modules["vae"], clip.condition)
+
+    def encode(self, clip: Clip, begun: Begun | None = None) -> Conditions:
+        """Encode what is given of a batch of clips, but for what was `begun`."""
+        begun = self.begin(clip) if begun is None else begun
         with self._layout():
             modules = self.bundle.modules
-            return encode(modules["vae"], clip, self.bundle.text, modules.get("clip"))
+            given = self.bundle.text, modules.get("clip"), begun
+            return encode(modules["vae"], clip, *given)
 
     def sample(self, conditions: Conditions, clip: Clip, seed: int) -> Videos:
         """Generate clips from conditions, theirs or others; noise goes by their ids.
@@ -210,21 +221,32 @@ def open_generator(
     """Open the newest model of a folder with the sampler of a config.
 
     Parameters lie on the mesh as `sample.rules` say, linears in the type that they
-    compute in. `text` holds the rows of a prompt in the place of the checkpoint's.
-    Nothing is read before it is needed. Raises ValueError if model, config and `cities`
-    do not belong together.
+    compute in, those of blocks as int8 where `sample.weights_dtype` says so. `text`
+    holds the rows of a prompt in the place of the checkpoint's. Nothing is read before
+    it is needed. Raises ValueError if model, config and `cities` do not belong
+    together.
     """
     sampler = read_sampler(config.sample, without)
+    int8 = _read_int8(config.sample)
     rules = {name: tuple(axes) for name, axes in config.sample.rules.items()}
     dtype = loading_dtype() or COMPUTING
     with layout(mesh, rules):
-        bundle = latest_model(checkpoint, dtype=dtype, mesh=mesh)
+        bundle = latest_model(checkpoint, dtype=dtype, mesh=mesh, int8=int8)
     check_model(config, bundle)
     check_cities(bundle, cities)
     bundle = computing_in(bundle, "vae", config.model.vae_dtype)
     if text is not None:
         bundle = with_text(bundle, text)
     return Generator(bundle, sampler, mesh, rules)
+
+
+def _read_int8(sample: ConfigDict) -> tuple[str, ...]:
+    if sample.weights_dtype not in ("", "int8"):
+        raise ValueError(
+            f"sample.weights_dtype is {sample.weights_dtype!r}; choose int8, or "
+            "nothing for the type that each computes in."
+        )
+    return ("transformer.*",) if sample.weights_dtype else ()
 
 
 def with_text(bundle: Bundle, text: Float32[np.ndarray, "S E"]) -> Bundle:
