@@ -210,21 +210,32 @@ def open_generator(
     """Open the newest model of a folder with the sampler of a config.
 
     Parameters lie on the mesh as `sample.rules` say, linears in the type that they
-    compute in. `text` holds the rows of a prompt in the place of the checkpoint's.
-    Nothing is read before it is needed. Raises ValueError if model, config and `cities`
-    do not belong together.
+    compute in, those of blocks as int8 where `sample.weights_dtype` says so. `text`
+    holds the rows of a prompt in the place of the checkpoint's. Nothing is read before
+    it is needed. Raises ValueError if model, config and `cities` do not belong
+    together.
     """
     sampler = read_sampler(config.sample, without)
+    int8 = _read_int8(config.sample)
     rules = {name: tuple(axes) for name, axes in config.sample.rules.items()}
     dtype = loading_dtype() or COMPUTING
     with layout(mesh, rules):
-        bundle = latest_model(checkpoint, dtype=dtype, mesh=mesh)
+        bundle = latest_model(checkpoint, dtype=dtype, mesh=mesh, int8=int8)
     check_model(config, bundle)
     check_cities(bundle, cities)
     bundle = computing_in(bundle, "vae", config.model.vae_dtype)
     if text is not None:
         bundle = with_text(bundle, text)
     return Generator(bundle, sampler, mesh, rules)
+
+
+def _read_int8(sample: ConfigDict) -> tuple[str, ...]:
+    if sample.weights_dtype not in ("", "int8"):
+        raise ValueError(
+            f"sample.weights_dtype is {sample.weights_dtype!r}; choose int8, or "
+            "nothing for the type that each computes in."
+        )
+    return ("transformer.*",) if sample.weights_dtype else ()
 
 
 def with_text(bundle: Bundle, text: Float32[np.ndarray, "S E"]) -> Bundle:

@@ -16,12 +16,16 @@ from cityrag_jax.diffusion.guidance import Pass, WeightedPass, guide, passes
 from cityrag_jax.diffusion.step_cache import (
     I2V_14B_480P_RATIOS,
     PRESETS,
+    TEACACHE,
+    TeaCache,
     magcache_steps,
+    teacache_steps,
 )
 from cityrag_jax.model.dit import Stream, WanDiT
-from cityrag_jax.parallel import shard
+from cityrag_jax.parallel import fetch, shard
 
 CONDITIONS = ("pose", "geo")
+TEACACHE_PRESET = "teacache"
 
 Velocities = Callable[[], Iterable[Float[Array, "B t h w z"]]]
 
@@ -40,7 +44,8 @@ class Sampler:
     26.8 GB (81 frames of condition), split over the devices of a clip.
 
     `compute` says of every step whether the blocks are run, or their last residual is
-    added again (`diffusion.step_cache`); None runs them always, and exactly. `guided`
+    added again (`diffusion.step_cache`); None runs them always, and exactly. With
+    `teacache`, a way and a threshold, the model's own time embeddings say it. `guided`
     says in which steps there is guidance; the others cost one pass. None is all.
     """
 
@@ -52,6 +57,7 @@ class Sampler:
     keep_keys: bool = False
     compute: tuple[bool, ...] | None = None
     guided: tuple[bool, ...] | None = None
+    teacache: tuple[TeaCache, float] | None = None
 
     def __post_init__(self):
         _check_names(self.without)
@@ -87,6 +93,7 @@ class Sampler:
                 "another mode."
             )
         weights, seen = zip(*weighted, strict=True)
+        compute = self.computed(model)
         return denoise(
             model,
             conditions,
@@ -94,11 +101,27 @@ class Sampler:
             steps,
             np.asarray(weights, np.float32),
             negative_text,
-            None if self.compute is None else np.asarray(self.compute),
+            None if compute is None else np.asarray(compute),
             None if self.guided is None or len(seen) == 1 else np.asarray(self.guided),
             seen=seen,
             keep_keys=self.keep_keys,
         )
+
+    def computed(self, model: WanDiT) -> tuple[bool, ...] | None:
+        """Say which steps are computed: for TeaCache by the model's weights."""
+        if self.teacache is None:
+            return self.compute
+        kind, threshold = self.teacache
+        timesteps = unipc.make_steps(self.num_steps, self.shift).timestep
+        seen = _embed_times(model, jnp.asarray(timesteps), kind.projected)
+        steps = teacache_steps(kind, np.asarray(fetch(seen)), threshold)
+        return _also_where_guidance_ends(tuple(steps.tolist()), self.guided)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _embed_times(model: WanDiT, timesteps: Float[Array, " n"], projected: bool):
+    embedding, six = model.embed_time(timesteps)
+    return six.reshape(len(six), -1) if projected else embedding
 
 
 def read_sampler(sample: ConfigDict, without: tuple[str, ...] = ()) -> Sampler:
@@ -106,20 +129,47 @@ def read_sampler(sample: ConfigDict, without: tuple[str, ...] = ()) -> Sampler:
     scales = tuple(float(scale) for scale in sample.scales)
     shift = float(sample.shift)
     kinds = dict(without=without, keep_keys=sample.keep_keys)
-    compute, guided = read_schedule(sample), read_guided(sample)
-    if compute and guided:  # where guidance returns, its passes have nothing to repeat
-        before = (True, *guided[:-1])
-        each = zip(compute, guided, before, strict=True)
-        compute = tuple(runs or (now and not last) for runs, now, last in each)
-    kinds |= {"compute": compute, "guided": guided}
+    guided = read_guided(sample)
+    compute = _also_where_guidance_ends(read_schedule(sample), guided)
+    kinds |= {"compute": compute, "guided": guided, "teacache": read_teacache(sample)}
     return Sampler(sample.num_steps, shift, sample.guidance, scales, **kinds)
 
 
+def _also_where_guidance_ends(compute, guided):
+    """Compute too where guidance returns: its passes have nothing to repeat there."""
+    if not compute or not guided:
+        return compute
+    before = (True, *guided[:-1])
+    each = zip(compute, guided, before, strict=True)
+    return tuple(runs or (now and not last) for runs, now, last in each)
+
+
+def read_teacache(sample: ConfigDict) -> tuple[TeaCache, float] | None:
+    """Give TeaCache's way and threshold, if the preset of a config is that."""
+    if sample.preset != TEACACHE_PRESET:
+        return None
+    name, projected, threshold = sample.teacache
+    if (name, projected) not in TEACACHE or not threshold > 0:
+        names = ", ".join(dict.fromkeys(name for name, _ in TEACACHE))
+        raise ValueError(
+            f"sample.teacache is {tuple(sample.teacache)}; give the model whose "
+            f"coefficients to take ({names}), whether to look at projected embeddings "
+            "(True or False) and a threshold above 0, such as 0.26."
+        )
+    return TEACACHE[name, projected], float(threshold)
+
+
 def read_schedule(sample: ConfigDict) -> tuple[bool, ...] | None:
-    """Give the computed steps of the preset in a config; None for all of them."""
+    """Give the computed steps of the preset in a config; None for all of them.
+
+    None, too, where the model's weights will say.
+    """
+    if sample.preset == TEACACHE_PRESET:
+        return None
     if sample.preset not in PRESETS:
         raise ValueError(
-            f"sample.preset is {sample.preset!r}; choose of {', '.join(PRESETS)}."
+            f"sample.preset is {sample.preset!r}; choose of {', '.join(PRESETS)}, "
+            f"{TEACACHE_PRESET}."
         )
     kind = PRESETS[sample.preset]
     if kind is None:

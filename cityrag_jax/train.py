@@ -73,6 +73,7 @@ from cityrag_jax.training.optimizer import OptimizerConfig, learning_rate_schedu
 from cityrag_jax.training.origin import trained_on
 from cityrag_jax.training.profile import Profile, parse_steps
 from cityrag_jax.training.program import Program, make_program
+from cityrag_jax.training.samples import sample_videos, shows_videos
 from cityrag_jax.training.schedule import Schedule, Signals, Stopped, describe_stop
 from cityrag_jax.training.speed import Stopwatch, count_operations, describe_speed
 from cityrag_jax.training.start import (
@@ -206,9 +207,18 @@ class _Training:
             return update(state, frozen, encoders, batch)
 
         with self._open_log(first) as log, watchdog:
+
+            def show(state, step):
+                """Let TensorBoard play what the model makes of held-out clips."""
+                watchdog.at("sampling held-out clips")
+                params = frozen | (state.ema or state.params)
+                given = config, program, params, encoders, held_out[0]
+                log.show(step, sample_videos(*given), config.sample.fps)
+
             log.write(first, held)
             announce(f"training from step {first}, to {config.train.steps}")
-            state, last = self._update(state, call, measure, batches, log)
+            looks = measure, show if shows_videos(config) else None
+            state, last = self._update(state, call, looks, batches, log)
         announce(f"held-out loss {(last or held)['held_out']:.4f}; writing the model")
         params = frozen | (state.ema or state.params)
         path = self._finish(params, encoders)
@@ -219,11 +229,15 @@ class _Training:
         self,
         state: TrainState,
         call: Callable[[TrainState], tuple[TrainState, Metrics]],
-        measure: Callable[[TrainState], dict[str, float]],
+        looks: tuple[Callable[[TrainState], dict[str, float]], Callable | None],
         batches: Waiting,
         log: NoLog,
     ) -> tuple[TrainState, dict[str, float]]:
-        """Make updates until the last; give the state and its held-out losses."""
+        """Make updates until the last; give the state and its held-out losses.
+
+        `looks` measures these and, if there are to be any, shows videos of them.
+        """
+        measure, show = looks
         config, step, held = self.config, int(state.step), {}
         end_of_first, warned = step + config.train.updates_per_call, False
         losses, watch = Losses(config.train.patience, config.train.spike), Stopwatch()
@@ -253,6 +267,8 @@ class _Training:
                     with watch.paused():
                         if due.evaluate:
                             report |= (held := measure(state))
+                            if show is not None:
+                                show(state, step)
                         log.report(step, report, schedule.spent)
                         if due.save and losses.healthy:
                             given = state, self.checkpoints, step, config.seed

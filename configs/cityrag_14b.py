@@ -15,6 +15,8 @@ CLIP tower sees the first image. Behind the file's name stands what it is laid o
     :tpu7x-128  64 chips, 4x4x4        22 GiB a half by formula     21 h
     :one_gpu    1 H200, branches alone, one clip an update
                                        117 GiB by formula           99 h
+    :one_gpu80  1 H100 of 80 GB, the same upon an int8 base
+                                       71 GiB by formula            116 h
 
 Hours are planned, not measured: twice the roofline (cityrag_jax/plan/README.md, by
 tools/plan_pod.py). GPUs want XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. Without a variant the
@@ -88,6 +90,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "image_embedding.*",
     )
     config.optimizer.newton_schulz_dtype = "bfloat16"
+    config.optimizer.momentum_dtype = "float32"
 
     config.train = ConfigDict()
     config.train.steps = 20_000
@@ -100,6 +103,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train.latents = ""  # a folder of tools/encode_latents.py instead
     config.train.unroll_blocks = 1
     config.train.stream_dtype = "float32"
+    config.train.frozen_dtype = ""  # as it computes; "int8" is half of bfloat16
     config.train.updates_per_call = 1
     config.train.shift = 3.0
     config.train.drop_probability = 0.1
@@ -127,6 +131,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval.interval = 500
     config.eval.clips = 32
     config.eval.min_rotation_deg = 0.0
+    config.eval.videos = 1  # sampled where tensorboard is on: 20 forwards
+    config.eval.video_steps = 10
     config.eval.seed = 0
     config.eval.noise_levels = ()
     config.eval.draws = 1
@@ -142,8 +148,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.keep_keys = False  # 26.8 GB for 3 % of the time
-    config.sample.preset = "final"  # every step; standard and draft repeat some
+    config.sample.weights_dtype = ""  # as they compute; "int8": half, for time
+    config.sample.preset = "final"  # every step; standard, draft, teacache: less
     config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
+    config.sample.teacache = ("i2v_14b_480p", False, 0.26)  # preset teacache
     config.sample.spacing_m = 0.5  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
     config.sample.fps = 10.0  # assumed: captures come at about 10 a second (3.1)
@@ -163,7 +171,7 @@ def _machine(fsdp: int, sequence: int, micro_batches: int):
 
 
 def _one_gpu(config: ConfigDict) -> None:
-    """Train the branches alone; the base is frozen, in bfloat16."""
+    """Train the branches alone; the base is frozen, in the types it computes in."""
     config.optimizer.frozen = (
         *("blocks.*", "head.*", "patch_embedding.*", "text_embedding.*"),
         *("image_embedding.*", "time_embedding.*", "time_projection.*"),
@@ -171,6 +179,14 @@ def _one_gpu(config: ConfigDict) -> None:
     config.train.batch_size = 1
     config.train.mesh.update(data=1, fsdp=1, sequence=1)
     config.model.transformer.offload = ("block_input",)
+
+
+def _one_gpu80(config: ConfigDict) -> None:
+    """Train the branches alone in 80 GB: the base is int8, kernels run again."""
+    _one_gpu(config)
+    config.train.frozen_dtype = "int8"
+    config.optimizer.momentum_dtype = "bfloat16"
+    config.model.transformer.keep = ()
 
 
 VARIANTS = {
@@ -181,4 +197,5 @@ VARIANTS = {
     "v6e-256": _machine(fsdp=32, sequence=8, micro_batches=1),
     "tpu7x-128": _machine(fsdp=16, sequence=8, micro_batches=1),
     "one_gpu": _one_gpu,
+    "one_gpu80": _one_gpu80,
 }

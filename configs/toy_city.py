@@ -78,6 +78,7 @@ def _gpu() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.frozen = ()
     config.optimizer.newton_schulz_dtype = "bfloat16"
+    config.optimizer.momentum_dtype = "float32"
 
     config.train = ConfigDict()
     config.train.steps = 10_200
@@ -90,6 +91,7 @@ def _gpu() -> ConfigDict:
     config.train.latents = ""  # a folder of tools/encode_latents.py instead
     config.train.unroll_blocks = 7
     config.train.stream_dtype = "float32"
+    config.train.frozen_dtype = ""  # as it computes; "int8" is half of bfloat16
     config.train.updates_per_call = 50
     config.train.shift = 3.0
     config.train.drop_probability = 0.1
@@ -117,6 +119,8 @@ def _gpu() -> ConfigDict:
     config.eval.interval = 1000
     config.eval.clips = 64
     config.eval.min_rotation_deg = 0.0
+    config.eval.videos = 0
+    config.eval.video_steps = 10
     config.eval.seed = 0
     config.eval.noise_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
     config.eval.draws = 4
@@ -132,8 +136,10 @@ def _gpu() -> ConfigDict:
     config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
     config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
     config.sample.keep_keys = True
-    config.sample.preset = "final"  # every step; standard and draft repeat some
+    config.sample.weights_dtype = ""  # as they compute; "int8": half, for time
+    config.sample.preset = "final"  # every step; standard, draft, teacache: less
     config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
+    config.sample.teacache = ("i2v_14b_480p", False, 0.26)  # preset teacache
     config.sample.spacing_m = 0.375  # between frames of a drawn path
     config.sample.radius_m = 15.0  # how far the first retrieved capture may be
     config.sample.fps = 10.0

@@ -70,6 +70,7 @@ def _gpu() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.frozen = ()
     config.optimizer.newton_schulz_dtype = "float32"
+    config.optimizer.momentum_dtype = "float32"
 
     config.train = ConfigDict()
     config.train.steps = 5000
@@ -102,6 +103,7 @@ def _gpu() -> ConfigDict:
     config.train.checkpoint_minutes = 0.0  # or so often; 0: by steps alone
     config.train.keep = 2
     config.train.keep_every = 0  # steps of which one checkpoint stays for good
+    config.train.frozen_dtype = ""
     config.train.save_dtype = "bfloat16"
     config.train.tensorboard = False
 

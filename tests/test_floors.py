@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
-    {"geo", "diffusion", "batch", "flops", "chips", "progress"},
+    {"geo", "diffusion", "batch", "flops", "chips", "int8", "progress"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report", "importers"},
     {"sampling", "generator", "rollout", "recording", "request", "jobs", "scores"}

@@ -66,7 +66,9 @@ def test_the_14b_is_a_program_without_values_or_files():
     assert all(isinstance(x.sharding, NamedSharding) for x in leaves)
     assert _bytes(program.state.params) == pytest.approx(4 * 14.35e9, rel=1e-3)
     assert _bytes(program.frozen) == pytest.approx(2 * 6.35e9, rel=1e-3)
-    assert {x.dtype for x in program.frozen.values()} == {jnp.dtype("bfloat16")}
+    kinds = {n: x.dtype for n, x in program.frozen.items() if x.dtype != jnp.bfloat16}
+    assert set(kinds.values()) == {jnp.dtype("float32")}
+    assert all("norm" in name for name in kinds)  # linears compute in bfloat16
     assert program.batch.frames.shape == (32, 73, 480, 832, 3)
     with jax.set_mesh(mesh):
         traced = program.update.trace(*program.arguments)
@@ -77,6 +79,21 @@ def test_the_14b_is_a_program_without_values_or_files():
         lambda x: x.shape, program.state
     )
     assert metrics["loss"].shape == (1,)
+
+
+def test_one_card_holds_the_14b_with_an_int8_base():
+    """Head and time embedding compute in float32, and are frozen in it."""
+    config = training_city.get_config("cityrag_14b", "one_gpu80")
+    program = make_program(config, None, assumed_start(config))
+    trained = sum(x.size for x in program.state.params.values())
+    assert trained == pytest.approx(4.30e9, rel=1e-3)
+    # Momentum is half of what it belongs to.
+    assert _bytes(program.state) == pytest.approx((4 + 2) * trained, rel=5e-3)
+    matrices = [x for x in program.frozen.values() if x.dtype == jnp.int8]
+    assert sum(x.size for x in matrices) == pytest.approx(16.15e9, rel=1e-3)
+    assert _bytes(program.frozen) < 1.06 * 16.15e9
+    for name in ("head.linear.kernel", "time_projection.kernel", "blocks.modulation"):
+        assert program.frozen[name].dtype == jnp.float32
 
 
 class _LookingUpdate:

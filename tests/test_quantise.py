@@ -16,6 +16,7 @@ import synthetic_wan
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
+from cityrag_jax.batch import Conditions
 from cityrag_jax.checkpoint import (
     Bundle,
     abstract_model,
@@ -28,9 +29,9 @@ from cityrag_jax.checkpoint import (
     with_parameters,
 )
 from cityrag_jax.checkpoint.items import item_arrays, read_some, write_item
-from cityrag_jax.checkpoint.quantise import from_int8, to_int8
 from cityrag_jax.convert import bundle as conversion
 from cityrag_jax.convert import export_checkpoint
+from cityrag_jax.int8 import from_int8, to_int8
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
@@ -356,3 +357,64 @@ def test_the_tool_stores_a_folder_and_says_what_it_lost(model, tmp_path):
     figures = run_tool(f"--checkpoint={tmp_path / 'm'}", f"--out={tmp_path / 'int8'}")
     assert all(1e-4 < e < 0.05 for e in figures["velocity_error"].values())
     verify_bundle(tmp_path / "int8")
+
+
+# In memory ----------------------------------------------------------------------------
+
+STACKED = ("transformer.blocks.*", "transformer.branches.*")
+
+
+def predict(model, x):
+    """Latents' velocity under both branches, and the gradient by the latents."""
+    conditions = Conditions(
+        text=jnp.ones((1, 2, 8)),
+        image=None,
+        first_frame=jnp.repeat(x[..., :1], 20, axis=-1),
+        geo_latents=1 - x,
+        geo_length=jnp.full(1, 2, jnp.int32),
+        keep_geo=jnp.ones(1),
+        poses=jnp.broadcast_to(jnp.eye(4), (1, 5, 4, 4)),
+        keep_pose=jnp.ones(1),
+    )
+
+    def loss(x, model):
+        given = jnp.concatenate([x, conditions.first_frame], axis=-1)
+        prepared = model.prepare(conditions)
+        made = model(given, jnp.full(1, 500.0), conditions.text, None, prepared)
+        return jnp.sum(made * jnp.cos(made)), made
+
+    (_, made), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(x, model)
+    return made, gradient
+
+
+def test_kernels_that_stay_int8_in_memory_compute_the_same(model, folder, tmp_path):
+    """As if multiplied out when they were read, forward and backward, to the bit.
+
+    So does what is quantised as it is read, and what a mesh holds in parts.
+    """
+    x = jax.random.normal(jax.random.key(0), (1, 2, 4, 4, 16))
+    dense = load(folder, dtype=jnp.float32)
+    held = load(folder, dtype=jnp.float32, int8=STACKED)
+    arrays = parameters(held)
+    for name, value in parameters(dense).items():
+        matrix = name in stacked_parameters(dense) and name.endswith("kernel")
+        assert (arrays[name].dtype == jnp.int8) == matrix, name
+        assert (f"{name}.scale" in arrays) == matrix, name
+        assert matrix or np.array_equal(arrays[name], value)
+    for one, other in zip(predict(held, x), predict(dense, x), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.abs(one).max() > 0
+    plain = save(tmp_path / "plain", model, "float32")
+    kinds = dict(dtype=jnp.float32, int8=STACKED, mesh=make_mesh(1, 4, 2))
+    sharded = parameters(load(plain, **kinds))
+    coarse = {n: x for n, x in arrays.items() if n in sharded and x.dtype == jnp.int8}
+    coarse |= {f"{n}.scale": arrays[f"{n}.scale"] for n in coarse}
+    assert_same(coarse, {n: sharded[n] for n in coarse})
+    split = PartitionSpec(None, ("fsdp",))
+    assert sharded["blocks.self_attention.o.kernel.scale"].sharding.spec == split
+    again = save(tmp_path / "again", held, None)  # written as it is held
+    read = load(again, dtype=jnp.float32, int8=STACKED)
+    assert_same(arrays, parameters(read))
+    half = save(tmp_path / "half", held, "bfloat16")
+    wanted = {n: x.astype(jnp.bfloat16) for n, x in parameters(dense).items()}
+    assert_same(wanted, parameters(load(half, dtype=jnp.bfloat16)))

@@ -16,6 +16,7 @@ from cityrag_jax.checkpoint import (
     with_parameters,
 )
 from cityrag_jax.diffusion import unipc
+from cityrag_jax.diffusion.step_cache import TEACACHE, TeaCache
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
@@ -235,6 +236,37 @@ def test_a_stretch_of_guided_steps_is_read_off_a_config():
     assert read_sampler(sample).compute[off]
     sample.guided = (0.5, 0.5)
     with pytest.raises(ValueError, match="shares of the steps at which guidance"):
+        read_sampler(sample)
+
+
+def test_teacache_is_chosen_by_config_and_looks_at_the_models_time_embeddings(
+    model, conditions, noise
+):
+    """The video is that of the schedule which it gives, by the same program."""
+    sample = ConfigDict(
+        dict(num_steps=STEPS, shift=3, guidance="joint", scales=[2.5], keep_keys=False)
+        | dict(preset="teacache", ratios=(), guided=(0.0, 1.0))
+        | dict(teacache=("i2v_14b_480p", True, 0.26))
+    )
+    kind, threshold = TEACACHE["i2v_14b_480p", True], 0.26
+    assert read_sampler(sample).teacache == (kind, threshold)
+    linear = TeaCache((0.0, 0.0, 0.0, 1.0, 0.0), False, first=1, last=1)
+    sampler = dataclasses.replace(read_sampler(sample), teacache=(linear, 1e9))
+    assert sampler.computed(model) == (True, *[False] * (STEPS - 2), True)
+    for projected in (False, True):
+        way = linear._replace(projected=projected, last=0)
+        times = jnp.asarray(unipc.make_steps(STEPS, 3.0).timestep)
+        seen = model.embed_time(times)[projected]
+        rows = np.asarray(seen).reshape(STEPS, -1)
+        moved = np.abs(np.diff(rows, axis=0)).mean(1) / np.abs(rows[:-1]).mean(1)
+        threshold = float(moved[:2].sum()) * (1 - 1e-4)  # reached by the second
+        computed = dataclasses.replace(sampler, teacache=(way, threshold))
+        assert computed.computed(model)[:3] == (True, False, True)
+    told = dataclasses.replace(sampler, teacache=None, compute=sampler.computed(model))
+    made = sampler(model, conditions, noise)
+    np.testing.assert_array_equal(made, told(model, conditions, noise))
+    sample.teacache = ("i2v_14b", True, 0.26)
+    with pytest.raises(ValueError, match="coefficients to take .i2v_14b_480p"):
         read_sampler(sample)
 
 

@@ -1,6 +1,7 @@
 """The trainer: what it learns, stores, resumes and refuses."""
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import tensorstore
 import training_city
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 from training_city import get_config
 
 from cityrag_jax import train as trainer
@@ -356,6 +358,39 @@ def test_a_model_stored_as_int8_starts_another_training(folder, config):
     last = read_metrics(folder / "int8")[-1]["held_out"]
     # Rounding turns the velocity a little, in no direction that the loss knows.
     assert first == pytest.approx(last, rel=1e-3)
+
+
+@pytest.mark.long
+def test_a_base_held_as_int8_trains_as_if_it_were_multiplied_out(folder, config):
+    """Through the door: drawn, started from what was stored, and resumed."""
+    changed = config.copy_and_resolve_references()
+    changed.model.transformer.update(dim=128, num_heads=2)
+    changed.optimizer.frozen = ("blocks.*", "time_embedding.*")
+    changed.train.frozen_dtype = "int8"
+    changed.train.save_dtype = "int8"
+    changed.train.steps = 5
+    model = trainer.train(changed, folder / "drawn8") / "transformer"
+    changed.train.init_from = str(folder / "drawn8")
+    changed.train.steps = 10
+    again = trainer.train(changed, folder / "held8") / "transformer"
+    shutil.rmtree(folder / "held8" / "model")
+    shutil.rmtree(folder / "held8" / "checkpoints" / "10")
+    before = read_metrics(folder / "held8")
+    trainer.train(changed, folder / "held8")
+    losses = [line["loss"] for line in read_metrics(folder / "held8") if "loss" in line]
+    assert losses == [line["loss"] for line in before if "loss" in line]
+    q = "blocks.self_attention.q.kernel"
+    frozen = folder / "held8" / "base" / "frozen"
+    digests = [json.loads((x / "digests.json").read_text()) for x in (model, frozen)]
+    for name in (q, f"{q}.scale", "blocks.ffn.fc1.bias"):
+        assert digests[0]["block_001"][name] == digests[1]["block_001"][name]
+    assert item_arrays(again / "block_001")[q].dtype == jnp.int8
+    assert item_arrays(frozen / "block_001")[q].dtype == jnp.int8
+    assert item_arrays(frozen / "rest")["time_embedding.fc2.kernel"].dtype == "float32"
+    changed.train.frozen_dtype = ""
+    trainer.train(changed, folder / "dense")
+    dense = [line["loss"] for line in read_metrics(folder / "dense") if "loss" in line]
+    assert dense == pytest.approx(losses, rel=1e-6)  # float32, fused in other ways
 
 
 def test_a_decoder_trained_alone_leaves_the_latents_as_they_are(folder):
@@ -754,6 +789,34 @@ def test_a_swapped_clip_gets_the_condition_before_it():
     assert swapped["latents"] is examples["latents"]
 
 
+def _played(folder) -> list[tuple[int, int, int]]:
+    """Frames, height and width of each GIF in a folder's event files."""
+    (path,) = folder.glob("events.*")
+    found = []
+    for part in path.read_bytes().split(b"GIF89a")[1:]:
+        with Image.open(io.BytesIO(b"GIF89a" + part)) as film:
+            found.append((film.n_frames, film.height, film.width))
+    return found
+
+
+def test_tensorboard_plays_videos(tmp_path, rng):
+    videos = rng.integers(256, size=(2, 3, 8, 16, 3)).astype(np.uint8)
+    with TrainingLog(tmp_path, 0, 20, tensorboard=True) as log:
+        log.show(5, videos, 10.0)
+    assert _played(tmp_path) == [(3, 8, 16)] * 2
+
+
+@pytest.mark.long
+def test_held_out_clips_are_sampled_beside_the_truth(folder, config):
+    """At every measurement behind the first: two of four clips, by joint guidance."""
+    changed = config.copy_and_resolve_references()
+    changed.train.tensorboard = True
+    changed.eval.update(videos=2, video_steps=2, interval=5)
+    changed.sample.update(guidance="joint", scales=(2.0,), preset="draft")
+    trainer.train(changed, folder / "shown")
+    assert _played(folder / "shown") == [(9, 32, 2 * 48)] * 4
+
+
 def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
     with TrainingLog(tmp_path, 0, 20, tensorboard=False) as log:
         for step in (5, 10, 15):
@@ -785,6 +848,7 @@ def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
         (dict(train__updates_per_call=3), "steps 20 is not a multiple"),
         (dict(train__updates_per_call=5, train__pool=0), "a stream gives one batch"),
         (dict(train__save_dtype="float16"), "save_dtype"),
+        (dict(train__frozen_dtype="int4"), "frozen_dtype is 'int4'; choose int8"),
         (dict(eval__clips=6), "eval.clips 6"),
         (dict(train__drop_probability=1.5), "drop_probability"),
     ],

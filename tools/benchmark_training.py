@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cityrag_jax.batch import latent_frames
-from cityrag_jax.checkpoint import draw_parameters
+from cityrag_jax.checkpoint import draw_parameters, hold
 from cityrag_jax.commands import Command
 from cityrag_jax.parallel import keep_compilations
 from cityrag_jax.training.optimizer import split_frozen
@@ -33,7 +33,7 @@ def draw_arguments(program: Program, config) -> list:
     """Draw what the update takes: weights as a new training has them, random clips."""
     params = draw_parameters(program.task.description, config.seed)
     params, frozen = split_frozen(params, program.labels)
-    frozen = {name: x.astype(program.frozen[name].dtype) for name, x in frozen.items()}
+    frozen = hold(frozen, program.frozen)
     encoders = program.encoders
     if config.train.pool:  # of which every clip is encoded already
         encoders = {"text": encoders["text"]}

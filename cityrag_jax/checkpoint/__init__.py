@@ -45,6 +45,7 @@ from cityrag_jax.checkpoint.descriptions import (
     with_parameters,
 )
 from cityrag_jax.checkpoint.digests import TRUST, Damaged, trust, trusted
+from cityrag_jax.checkpoint.quantise import held_in_int8, hold
 from cityrag_jax.checkpoint.training import (
     TrainingCheckpoints,
     identify_model,
@@ -69,6 +70,8 @@ __all__ = [
     "computing_in",
     "describe",
     "draw_parameters",
+    "held_in_int8",
+    "hold",
     "identify_model",
     "latest_model",
     "load_bundle",

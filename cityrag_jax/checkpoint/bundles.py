@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from cityrag_jax.checkpoint.items import (
     read_arrays,
     write_arrays,
 )
+from cityrag_jax.checkpoint.quantise import held_in_int8
 from cityrag_jax.parallel import is_writer
 
 FORMAT = 2
@@ -209,18 +210,20 @@ def load_bundle(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     verify: bool | None = None,
+    int8: Collection[str] = (),
 ) -> Bundle:
     """Open what `save_bundle` wrote; modules are read when they are asked for.
 
     `dtype` is the type of parameters and arithmetic, None the config's; parameters lie
-    on the mesh as `parallel.py` says, or on the first device. A module's digests are
-    checked as it is read unless disks are trusted (`trust`) or `verify` is False. Names
-    and shapes always are.
+    on the mesh as `parallel.py` says, or on the first device. Stacked kernels stay int8
+    in memory if `int8` has a pattern of their names, as in "transformer.blocks.*". A
+    module's digests are checked as it is read unless disks are trusted (`trust`) or
+    `verify` is False. Names and shapes always are.
     """
     path = Path(path).absolute()
     verify = not trusted() if verify is None else verify
     config = _read_config(path)
-    kinds = dict(dtype=dtype, mesh=mesh, verify=verify)
+    kinds = dict(dtype=dtype, mesh=mesh, verify=verify, int8=int8)
     readers = {
         name: functools.partial(_read_module, path / name, description, **kinds)
         for name, description in config["modules"].items()
@@ -280,10 +283,17 @@ def abstract_parameters(model: nnx.Module, shardings: Mapping[str, Sharding]) ->
     }
 
 
-def _read_module(folder, description, *, dtype, mesh, verify):
+def within(module: str, patterns: Collection[str]) -> tuple[str, ...]:
+    """Give the patterns that begin with a module's name, without it."""
+    start = f"{module}."
+    return tuple(p.removeprefix(start) for p in patterns if p.startswith(start))
+
+
+def _read_module(folder, description, *, dtype, mesh, verify, int8):
     model = abstract_model(description, dtype)
     wanted = abstract_parameters(model, parameter_shardings(model, mesh))
     stacked = stacked_parameters(model)
+    wanted = held_in_int8(wanted, stacked, within(folder.name, int8))
     return with_parameters(model, read_arrays(folder, wanted, stacked, verify=verify))
 
 

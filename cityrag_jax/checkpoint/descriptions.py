@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from cityrag_jax.int8 import Int8Kernel, scale_of
 from cityrag_jax.parallel import param_shardings
 
 # In the place of a type to read a model in: linears in the one that they compute in,
@@ -30,16 +31,31 @@ Description = dict[str, Any]
 
 
 def parameters(model: nnx.Module) -> Arrays:
-    """Give the parameters by dotted name, such as `blocks.ffn.fc1.kernel`."""
-    return {name: v.get_value() for name, v in _variables(model).items()}
+    """Give the parameters by dotted name, such as `blocks.ffn.fc1.kernel`.
+
+    What is held as int8 is two arrays: its scales have a name of their own.
+    """
+    found = {}
+    for name, variable in _variables(model).items():
+        value = variable.get_value()
+        if isinstance(value, Int8Kernel):
+            found[name], found[scale_of(name)] = value
+        else:
+            found[name] = value
+    return found
 
 
 def with_parameters(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
     """Give a module like `model`, which may be abstract, with these parameters."""
     structure, state, rest = nnx.split(model, nnx.Param, ...)
     assert not jax.tree.leaves(rest), "every array of a model is an nnx.Param"
+
+    def value(name: str) -> Any:
+        scale = values.get(scale_of(name))
+        return values[name] if scale is None else Int8Kernel(values[name], scale)
+
     flat = [
-        (path, v.replace(values[_name(path)])) for path, v in nnx.to_flat_state(state)
+        (path, v.replace(value(_name(path)))) for path, v in nnx.to_flat_state(state)
     ]
     return nnx.merge(structure, nnx.from_flat_state(flat), rest)
 
@@ -49,7 +65,7 @@ def stacked_parameters(model: nnx.Module) -> frozenset[str]:
     return frozenset(
         name
         for name, v in _variables(model).items()
-        if len(v.get_metadata().get("axes") or v.shape) < len(v.shape)
+        if len(v.get_metadata().get("axes") or v.shape) < len(v.get_value().shape)
     )
 
 

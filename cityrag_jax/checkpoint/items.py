@@ -31,6 +31,7 @@ from cityrag_jax.checkpoint.digests import (
 )
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.quantise import INT8, dequantise, quantise, with_scales
+from cityrag_jax.int8 import parameter_of
 from cityrag_jax.parallel import is_writer, on_writer
 
 REST = "rest"
@@ -54,7 +55,7 @@ def write_arrays(
 ) -> None:
     """Write arrays as a new folder of items with their digests.
 
-    `dtype` casts them, int8 as `quantise.py` says.
+    `dtype` casts them, int8 as `quantise.py` says; without it they stay what they are.
     """
     on_writer(lambda: folder.mkdir(parents=True, exist_ok=True))
     digests = {}
@@ -62,7 +63,8 @@ def write_arrays(
         if dtype is not None and np.dtype(dtype) == INT8:
             arrays = quantise(arrays)
         elif dtype is not None:
-            arrays = _cast(arrays, dict.fromkeys(arrays, np.dtype(dtype)))
+            dtypes = dict.fromkeys(arrays, np.dtype(dtype))
+            arrays = _cast(dequantise(arrays, dtypes), dtypes)
         digests[item] = write_item(folder / item, arrays)
     if is_writer():
         write_json(folder / DIGESTS, digests)
@@ -299,7 +301,7 @@ def _load(path: Path, wanted: Arrays, stored: Arrays) -> Arrays:
 
 def is_stacked(name: str, stacked: frozenset[str]) -> bool:
     """Say whether an array is; optimiser leaves are named `path/of/state/parameter`."""
-    return name.rpartition("/")[2] in stacked
+    return parameter_of(name.rpartition("/")[2]) in stacked
 
 
 def abstract_layer(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from cityrag_jax.checkpoint.bundles import (
     identify_bundle,
     is_bundle,
     load_bundle,
+    within,
 )
 from cityrag_jax.checkpoint.descriptions import (
     Arrays,
@@ -57,6 +58,7 @@ from cityrag_jax.checkpoint.items import (
     read_arrays,
     write_arrays,
 )
+from cityrag_jax.checkpoint.quantise import held_in_int8, hold
 from cityrag_jax.parallel import on_writer
 
 FROZEN = Path("base", "frozen")
@@ -68,16 +70,17 @@ def latest_model(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     verify: bool | None = None,
+    int8: Collection[str] = (),
 ) -> Bundle:
     """Open the newest model of a bundle or a workdir; modules are read when asked for.
 
     Of a workdir, `model/` if training has ended, else the newest whole checkpoint, its
     averaged (EMA) parameters if there are any. `dtype` is the type of parameters and
-    arithmetic, None the config's; without a mesh all lies on the first device. Digests
-    are checked as `load_bundle` says.
+    arithmetic, None the config's; without a mesh all lies on the first device. `int8`
+    and how digests are checked are as `load_bundle` says.
     """
     path = Path(path).absolute()
-    kinds = dict(dtype=dtype, mesh=mesh)
+    kinds = dict(dtype=dtype, mesh=mesh, int8=int8)
     for folder in (path, path / "model"):
         if is_bundle(folder):
             return load_bundle(folder, verify=verify, **kinds)
@@ -255,6 +258,7 @@ class TrainingCheckpoints:
         *,
         dtype: DTypeLike | None = None,
         mesh: Mesh | None = None,
+        int8: Collection[str] = (),
     ) -> Bundle:
         """Put the newest (averaged) parameters into the module described in `base`.
 
@@ -270,12 +274,15 @@ class TrainingCheckpoints:
             model = abstract_model(base.descriptions[name], dtype)
             wanted = abstract_parameters(model, parameter_shardings(model, mesh))
             stacked, values = stacked_parameters(model), {}
+            held = functools.partial(
+                held_in_int8, stacked=stacked, patterns=within(name, int8)
+            )
             if frozen.exists():
                 others = {n: wanted.pop(n) for n in wanted.keys() - trained}
-                values = read_arrays(frozen, others, stacked, verify=True)
+                values = read_arrays(frozen, held(others), stacked, verify=True)
             with TrainingCheckpoints(self.folder) as checkpoints:
                 groups, _ = checkpoints.restore({group: wanted}, stacked, step)
-            return with_parameters(model, values | groups[group])
+            return with_parameters(model, values | hold(groups[group], held(wanted)))
 
         return dataclasses.replace(
             base,

@@ -32,7 +32,6 @@ from cityrag_jax.checkpoint.bundles import (
 from cityrag_jax.checkpoint.digests import sum_arrays
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.items import DIGESTS, write_item
-from cityrag_jax.checkpoint.quantise import parameter_of
 from cityrag_jax.convert.lora import Lora
 from cityrag_jax.convert.plan import (
     BRANCH_TENSORS,
@@ -48,6 +47,7 @@ from cityrag_jax.convert.prompt import (
     read_text_config,
 )
 from cityrag_jax.convert.source import WanFolder, open_folder
+from cityrag_jax.int8 import parameter_of
 from cityrag_jax.progress import Progress
 
 # The fixed prompt of the paper (appendix A), verbatim.

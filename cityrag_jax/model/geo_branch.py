@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cityrag_jax.batch import Conditions, token_grid
+from cityrag_jax.int8 import dense
 from cityrag_jax.model.attention import Keys, RotaryAttention
 from cityrag_jax.model.dit import (
     Branch,
@@ -180,11 +181,11 @@ def copy_from_base(branch: GeoBranch, base: WanDiT) -> None:
         target = reduce(getattr, ours.split("."), branch)
         source = reduce(getattr, theirs.split("."), base).get_value()
         kind = target.get_value().dtype  # a frozen base may be in another type
-        target.set_value(jnp.array(source[: target.shape[0]], kind))
+        target.set_value(jnp.array(dense(source, kind)[: target.shape[0]]))
     if branch.output == "zero":
         return
     scale = OUTPUT_SCALE if branch.output == "scaled_copy" else 1
     ours, theirs = branch.layers.attention.o, base.blocks.self_attention.o
     for target, source in ((ours.kernel, theirs.kernel), (ours.bias, theirs.bias)):
         kind = target.get_value().dtype
-        target.set_value((scale * source.get_value()).astype(kind))
+        target.set_value((scale * dense(source.get_value(), kind)).astype(kind))

@@ -15,6 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cityrag_jax.int8 import Int8Kernel, Kernel, dense
+
 Init = jax.nn.initializers.Initializer
 XAVIER = jax.nn.initializers.xavier_uniform()
 ZEROS = jax.nn.initializers.zeros
@@ -52,21 +54,24 @@ class Linear(nnx.Module):
         self.adapter: nnx.Module | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
+        y = affine(x.astype(self.dtype), self.kernel.get_value(), self.bias[...])
         return y if self.adapter is None else y + self.adapter(x)
 
 
 @jax.custom_vjp
 def affine(
-    x: Float[Array, "... I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"]
+    x: Float[Array, "... I"], kernel: Kernel, bias: Float[Array, " O"]
 ) -> Float[Array, "... O"]:
     """x @ kernel + bias in the type of `x`, whatever that of the parameters.
+
+    A kernel held as int8 is multiplied out here, forward and again backward: nothing
+    else of it is kept in between, and it has no gradient.
 
     The gradients of kernel and bias leave their sums in float32. By JAX's own rule they
     would have the type of `x`, and devices would add up bfloat16 numbers.
     """
     precision = precision_of(x.dtype)
-    y = jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), precision=precision)
+    y = jnp.einsum("...i,io->...o", x, dense(kernel, x.dtype), precision=precision)
     return y + jnp.expand_dims(bias.astype(x.dtype), tuple(range(y.ndim - 1)))
 
 
@@ -78,9 +83,12 @@ def _affine_backward(given, by_y):
     x, kernel, bias = given
     precision = precision_of(x.dtype)
     by_x = jnp.einsum(
-        "...o,io->...i", by_y, kernel.astype(x.dtype), precision=precision
+        "...o,io->...i", by_y, dense(kernel, x.dtype), precision=precision
     )
     rows = tuple(range(x.ndim - 1))
+    by_bias = by_y.sum(rows, dtype=jnp.float32).astype(bias.dtype)
+    if isinstance(kernel, Int8Kernel):
+        return by_x, None, by_bias
     by_kernel = jnp.tensordot(
         x,
         by_y,
@@ -88,8 +96,7 @@ def _affine_backward(given, by_y):
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    by_bias = by_y.sum(rows, dtype=jnp.float32)
-    return by_x, by_kernel.astype(kernel.dtype), by_bias.astype(bias.dtype)
+    return by_x, by_kernel.astype(kernel.dtype), by_bias
 
 
 affine.defvjp(_affine_forward, _affine_backward)

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import TIME_STRIDE
@@ -74,11 +75,26 @@ def memory_by_formula(
         "work of its kernels": kernel_work(config, mesh) if chip.is_tpu else 0.0,
     }
     backward = sum(times.values())
-    optimiser = 3 * held["trained parameters"]  # gradients, directions, momentum
+    optimiser = optimiser_work(program)
     encoding = encoder_work(config, program, mesh)
     peak = sum(held.values()) + max(backward, optimiser, encoding)
     others = {"encoding": encoding, "optimising": optimiser, "peak": peak}
     return {name: float(size) for name, size in (held | times | others).items()}
+
+
+def optimiser_work(program: Program) -> float:
+    """Count gradients, and what becomes of them: directions and new momentum.
+
+    On one device large matrices go one parameter after the other; there is one more of
+    a parameter's size for what goes into its Newton-Schulz steps.
+    """
+    params = program.state.params.values()
+    largest = max(params, key=lambda x: x.size, default=None)
+    if largest is None:
+        return 0.0
+    if isinstance(largest.sharding, NamedSharding) and largest.sharding.mesh.size > 1:
+        return 3.0 * shard_bytes(program.state.params)
+    return float(shard_bytes(program.state.params) + 3 * shard_bytes(largest))
 
 
 def saved_by_blocks(config: ConfigDict, mesh: dict[str, int]) -> float:

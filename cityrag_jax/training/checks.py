@@ -97,6 +97,17 @@ def check_config(config: ConfigDict) -> None:
         t.save_dtype in ("float32", "bfloat16", "int8"),
         f"train.save_dtype is {t.save_dtype!r}; choose float32, bfloat16 or int8.",
     )
+    kinds = ("float32", "bfloat16")
+    for name in ("momentum_dtype", "newton_schulz_dtype"):
+        kind = config.optimizer[name]
+        require(
+            kind in kinds, f"optimizer.{name} is {kind!r}; choose {' or '.join(kinds)}."
+        )
+    require(
+        t.frozen_dtype in ("", "int8"),
+        f"train.frozen_dtype is {t.frozen_dtype!r}; choose int8, or nothing for the "
+        "type that each computes in.",
+    )
     require(
         0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."
     )

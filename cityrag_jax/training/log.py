@@ -13,10 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tqdm
+from jaxtyping import UInt8
 
 from cityrag_jax.parallel import is_writer
 from cityrag_jax.progress import describe_time
+from cityrag_jax.report import gif
+
+Videos = UInt8[np.ndarray, "n T H W 3"]
 
 TIMED_BAR = "{percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} s{postfix}"
 # What a line says of a report, in order, and how.
@@ -59,6 +64,7 @@ class NoLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def remark(self, step: int, text: str) -> None: ...
+    def show(self, step: int, videos: Videos, fps: float) -> None: ...
     def close(self) -> None: ...
 
 
@@ -132,6 +138,24 @@ class TrainingLog(NoLog):
         self._file.write(json.dumps({"step": step, "remark": text}) + "\n")
         self._file.flush()
         say(text)
+
+    def show(self, step: int, videos: Videos, fps: float) -> None:
+        """Play videos among TensorBoard's images, if there is TensorBoard."""
+        if self._writer is None:
+            return
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        for number, video in enumerate(videos):
+            height, width, colorspace = video.shape[1:]
+            image = Summary.Image(
+                height=height,
+                width=width,
+                colorspace=colorspace,
+                encoded_image_string=gif(video, fps=fps),
+            )
+            value = Summary.Value(tag=f"sample_{number}", image=image)
+            # `add_video` wants moviepy for the same bytes.
+            self._writer.file_writer.add_summary(Summary(value=[value]), step)
 
     def close(self) -> None:
         """Close bar and files."""

@@ -79,6 +79,16 @@ def _advise_blocks(config: ConfigDict, mesh: dict[str, int]) -> list[str]:
             f"{prefix}.remat=true {prefix}.offload=\"('block_input',)\": what blocks "
             "hand on waits in the host's memory."
         )
+    if config.optimizer.frozen and not config.train.frozen_dtype:
+        advice.append(
+            "--config.train.frozen_dtype=int8: half of what is frozen of the blocks, "
+            "rounded."
+        )
+    if config.optimizer.momentum_dtype == "float32":
+        advice.append(
+            "--config.optimizer.momentum_dtype=bfloat16: half of Muon's momentum, "
+            "rounded."
+        )
     devices, heads = int(np.prod(list(mesh.values()))), sizes["num_heads"]
     more = 2 * mesh["sequence"]
     if devices > 1 and devices % more == 0 and heads % more == 0:

@@ -13,6 +13,7 @@ optax's correction weighs gradient and buffer differently in the first steps.
 import dataclasses
 import fnmatch
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
+from cityrag_jax.int8 import parameter_of
 from cityrag_jax.model.adapters import MARK
 
 Params = dict[str, Array]
@@ -31,6 +33,7 @@ Labels = dict[str, str]
 # A stacked matrix is [layers, in, out]; the other axes are a batch to optax.
 MATRIX = optax.contrib.MuonDimensionNumbers((0,), (1,))
 STACKED_MATRIX = optax.contrib.MuonDimensionNumbers((1,), (2,))
+LARGE = 2**21  # numbers of a matrix: from about 1500 x 1500 on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,9 @@ class OptimizerConfig:
     `adam_learning_rate` None means the same as Muon's. The rate rises linearly over
     `warmup_steps`, stays, and falls linearly to zero over the last `decay_fraction` of
     the training (0: it stays). `clip_norm` 0 does not clip. `frozen` are name patterns
-    such as "blocks.cross_attention.*". `newton_schulz_dtype` may be "bfloat16".
+    such as "blocks.cross_attention.*". `newton_schulz_dtype` may be "bfloat16"; so may
+    `momentum_dtype`, what Muon's average is kept in between updates that compute it in
+    float32.
     """
 
     learning_rate: float = 1e-5
@@ -54,6 +59,7 @@ class OptimizerConfig:
     nesterov: bool = True
     consistent_rms: float | None = 0.2
     newton_schulz_dtype: str = "float32"
+    momentum_dtype: str = "float32"
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
@@ -80,7 +86,7 @@ def split_frozen(
     values: Mapping[str, Any], labels: Labels
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part what stands under the parameters' names into trained and frozen."""
-    frozen = {name: x for name, x in values.items() if labels[name] == "frozen"}
+    frozen = {n: x for n, x in values.items() if labels[parameter_of(n)] == "frozen"}
     return {name: x for name, x in values.items() if name not in frozen}, frozen
 
 
@@ -148,7 +154,7 @@ def learning_rate_schedule(
 
 
 class MuonState(NamedTuple):
-    """Averaged gradients of the matrices."""
+    """Averaged gradients of the matrices, in `momentum_dtype`."""
 
     momentum: Params
 
@@ -177,7 +183,12 @@ def scale_by_muon(
         return _direction_on_mesh(ahead, config, on_mesh[name])
 
     def init(params):
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
+        zeros = functools.partial(jnp.zeros_like, dtype=config.momentum_dtype)
+        return MuonState(jax.tree.map(zeros, params))
+
+    def keep(momentum):
+        kept = jax.tree.map(lambda m: m.astype(config.momentum_dtype), momentum)
+        return MuonState(kept)
 
     def update(updates, state, params=None):
         del params
@@ -188,12 +199,12 @@ def scale_by_muon(
         if not on_mesh:
             momentum = average(state.momentum, updates)
             ahead = average(momentum, updates) if config.nesterov else momentum
-            return _directions(ahead, config), MuonState(momentum)
+            return _directions(ahead, config), keep(momentum)
         gradients = _map_named(arrive, updates)
         momentum = average(state.momentum, gradients)
         ahead = average(momentum, gradients) if config.nesterov else momentum
         directions = _map_named(leave, ahead)
-        return directions, MuonState(momentum)
+        return directions, keep(momentum)
 
     return optax.GradientTransformation(init, update)
 
@@ -262,14 +273,21 @@ def optimizer_shardings(
 
 
 def _directions(matrices, config):
-    """Orthogonalise and scale all matrices of one size together, in fewer kernels."""
+    """Orthogonalise and scale all matrices of one size together, in fewer kernels.
+
+    Large ones fill a device each by itself, and one at a time needs little memory.
+    """
     leaves, tree = jax.tree.flatten(matrices)
+    direct = functools.partial(_direction, config=config)
     sizes = {}
     for place, x in enumerate(leaves):
-        sizes.setdefault(x.shape[-2:], []).append(place)
+        if x.ndim == 3 and math.prod(x.shape[-2:]) >= LARGE:
+            leaves[place] = jax.lax.map(direct, x)
+        else:
+            sizes.setdefault(x.shape[-2:], []).append(place)
     for size, places in sizes.items():
         stacks = [leaves[place].reshape(-1, *size) for place in places]
-        joined = _direction(jnp.concatenate(stacks), config)
+        joined = direct(jnp.concatenate(stacks))
         stops = np.cumsum([len(stack) for stack in stacks])[:-1]
         for place, part in zip(places, jnp.split(joined, stops), strict=True):
             leaves[place] = part.reshape(leaves[place].shape)

@@ -11,7 +11,7 @@ with values, a planner compiles for them as they are, a benchmark draws them:
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -29,12 +29,15 @@ from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import (
+    COMPUTING,
     Arrays,
     Bundle,
     abstract_model,
     abstract_parameters,
     describe,
+    held_in_int8,
     parameter_shardings,
+    parameters,
     read_config,
     stacked_parameters,
     with_parameters,
@@ -117,7 +120,6 @@ def make_program(
     options = OptimizerConfig(**config.optimizer)
     labels = label_parameters(whole, options.frozen)
     params, frozen = split_frozen(whole, labels)
-    dtype = read_config(task.description).dtype
     of_whole = {name: x.sharding for name, x in whole.items()}
     optimizer = make_optimizer(options, labels, train.steps, of_whole)
     init = functools.partial(init_state, optimizer=optimizer, ema_decay=train.ema_decay)
@@ -145,7 +147,7 @@ def make_program(
         labels=labels,
         stacked=stacked_parameters(model),
         state=_on_shards(state, shardings),
-        frozen={n: _abstract(x, x.sharding, dtype) for n, x in frozen.items()},
+        frozen=_abstract_frozen(config, task, frozen, stacked_parameters(model)),
         encoders=encoders,
         batch=batch,
         begin=jax.jit(init, donate_argnums=0, out_shardings=shardings),
@@ -204,6 +206,21 @@ def abstract_clips(data: ConfigDict, count: int, sharding: Sharding) -> Clip:
         for shape, dtype in (shapes[field.name] for field in dataclasses.fields(Clip))
     ]
     return Clip.tree_unflatten(None, arrays)
+
+
+def _abstract_frozen(
+    config: ConfigDict, task: Task, frozen: Arrays, stacked: Collection[str]
+) -> Arrays:
+    """Give what is frozen the types that it computes in, or has its kernels as int8."""
+    computing = parameters(abstract_model(task.description, COMPUTING))
+    held = {n: _abstract(x, x.sharding, computing[n].dtype) for n, x in frozen.items()}
+    return held_in_int8(held, stacked, frozen_as_int8(config))
+
+
+def frozen_as_int8(config: ConfigDict) -> tuple[str, ...]:
+    """Give the patterns of parameters whose kernels are held as int8, if any."""
+    kept = config.train.frozen_dtype == "int8"
+    return tuple(config.optimizer.frozen) if kept else ()
 
 
 def _abstract_encoders(

@@ -17,6 +17,7 @@ from cityrag_jax.checkpoint import (
     Modules,
     TrainingCheckpoints,
     computing_in,
+    hold,
     latest_model,
     load_bundle,
     load_frozen,
@@ -26,10 +27,10 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.parallel import loading_dtype
 from cityrag_jax.training.log import announce, say
 from cityrag_jax.training.optimizer import split_frozen
-from cityrag_jax.training.program import Program
+from cityrag_jax.training.program import Program, frozen_as_int8
 from cityrag_jax.training.step import TrainState
 from cityrag_jax.training.task import Encoders, Params
-from cityrag_jax.training.tasks import TRAIN_ONE
+from cityrag_jax.training.tasks import TRAIN_ONE, CityRAG
 
 GROUPS = ("params", "ema", "optimizer")
 
@@ -45,7 +46,8 @@ def read_start(config: ConfigDict, mesh: Mesh | None = None) -> Bundle | None:
     kinds = dict(dtype=loading_dtype(), mesh=mesh)
     start = None
     if config.train.init_from:
-        start = latest_model(config.train.init_from, **kinds)
+        int8 = [f"{CityRAG.part}.{name}" for name in frozen_as_int8(config)]
+        start = latest_model(config.train.init_from, **kinds, int8=int8)
     if config.task != "CityRAG":
         return start
     if config.model.vae:
@@ -81,7 +83,7 @@ def begin(program: Program, start: Bundle | None, workdir: Path) -> Values:
     types = {name: x.dtype for name, x in program.frozen.items()}
     params = task.initial_parameters(start, shardings, types)
     params, frozen = split_frozen(params, program.labels)
-    frozen = {name: x.astype(program.frozen[name].dtype) for name, x in frozen.items()}
+    frozen = hold(frozen, program.frozen)
     save_frozen(workdir, frozen, program.stacked)
     return program.begin(params), frozen, encoders
 

@@ -25,6 +25,7 @@ from cityrag_jax.checkpoint import (
     parameters,
     with_parameters,
 )
+from cityrag_jax.int8 import is_scale, parameter_of
 from cityrag_jax.model.adapters import MARK
 
 Params = dict[str, Array]
@@ -97,11 +98,12 @@ class Task(abc.ABC):
             name: x if name in kept else x.astype(shapes[name].dtype)
             for name, x in given.items()
         }
-        missing = {name: s for name, s in shardings.items() if name not in given}
+        missing = {n: shardings[n] for n in shapes if n not in given}
         fresh = self._draw_parameters(missing) if missing else {}
         if not given:
             return fresh
-        return jax.device_put(self._continue(fresh, given), dict(shardings))
+        values = self._continue(fresh, given)
+        return jax.device_put(values, {name: shardings[name] for name in values})
 
     def _draw_parameters(self, shardings: Mapping[str, Sharding]) -> Params:
         return draw_parameters(self.description, self.seed, shardings)
@@ -172,15 +174,17 @@ class Task(abc.ABC):
 
 def fitting(given: Arrays, fresh: Arrays) -> Arrays:
     """Take of a start what has name and shape here, as behind other latents."""
-    return {
-        name: x
+    fits = {
+        name
         for name, x in given.items()
         if name in fresh and x.shape == fresh[name].shape
     }
+    return {name: x for name, x in given.items() if parameter_of(name) in fits}
 
 
 def check_start(given: dict[str, Any], values: dict[str, Any], origin: str) -> None:
     """Parameters of the start must exist here; branches and adapters may be new."""
+    given = {name: x for name, x in given.items() if not is_scale(name)}
     lines = [f"unknown here: {name}" for name in given if name not in values]
     lines += [
         f"{name}: {given[name].shape} there, {values[name].shape} here"

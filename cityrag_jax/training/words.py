@@ -11,8 +11,8 @@ from cityrag_jax.training.program import Program
 def describe_start(config: ConfigDict, program: Program, first: int) -> str:
     """Say what is trained, by what, and from where."""
     sizes = {label: 0 for label in ("muon", "adam", "frozen")}
-    for name, x in program.parameters.items():
-        sizes[program.labels[name]] += int(np.prod(x.shape))
+    for name, label in program.labels.items():
+        sizes[label] += int(np.prod(program.parameters[name].shape))
     total = sum(sizes.values())
     parts = ", ".join(f"{label} {n:,}" for label, n in sizes.items() if n)
     begin = f"going on from step {first}" if first else "from step 0"
