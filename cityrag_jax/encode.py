@@ -177,14 +177,16 @@ def encode_conditions(
     clip: Clip,
     text: Float[Array | np.ndarray, "S E"],
     clip_vision: CLIPVision | None = None,
+    geo_latents: Float[Array, "B s h w z"] | None = None,
 ) -> Conditions:
     """Make what the transformer is told of a batch of clips, nothing dropped.
 
     `text` is the fixed prompt's rows; `clip_vision` sees the first images if the
-    transformer takes image features. The condition video is encoded padded, and its
-    latents count 1 + (n - 1) // 4 for n real frames.
+    transformer takes image features. The condition video is encoded padded, unless
+    `geo_latents` are given: those of n real frames count 1 + (n - 1) // 4.
     """
-    (geo_latents,) = encode_videos(vae, clip.condition)
+    if geo_latents is None:
+        (geo_latents,) = encode_videos(vae, clip.condition)
     return _conditions(vae, clip, text, clip_vision, geo_latents)
 
 

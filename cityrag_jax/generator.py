@@ -41,6 +41,7 @@ MESH = (
     "data:2,sequence:-1; what config.sample.mesh says if not given"
 )
 Videos = UInt8[np.ndarray, "B T H W 3"]
+Begun = Float[Array, "B s h w z"]
 
 encode = jax.jit(encode_conditions)
 encode_latents = jax.jit(lambda vae, frames: encode_videos(vae, frames)[0])
@@ -91,15 +92,25 @@ class Generator:
     def _layout(self) -> contextlib.AbstractContextManager:
         return layout(self.mesh, self.rules)
 
-    def __call__(self, clip: Clip, seed: int) -> Videos:
+    def __call__(self, clip: Clip, seed: int, begun: Begun | None = None) -> Videos:
         """Generate a batch of clips; `frames[:, 0]` of each is its first image."""
-        return self.sample(self.encode(clip), clip, seed)
+        return self.sample(self.encode(clip, begun), clip, seed)
 
-    def encode(self, clip: Clip) -> Conditions:
-        """Encode what is given of a batch of clips."""
+    def begin(self, clip: Clip) -> Begun:
+        """Start on what does not need a batch's first images: its retrieved videos.
+
+        The devices encode them while the host does something else.
+        """
+        with self._layout():
+            return encode_latents(self.bundle.modules["vae"], clip.condition)
+
+    def encode(self, clip: Clip, begun: Begun | None = None) -> Conditions:
+        """Encode what is given of a batch of clips, but for what was `begun`."""
+        begun = self.begin(clip) if begun is None else begun
         with self._layout():
             modules = self.bundle.modules
-            return encode(modules["vae"], clip, self.bundle.text, modules.get("clip"))
+            given = self.bundle.text, modules.get("clip"), begun
+            return encode(modules["vae"], clip, *given)
 
     def sample(self, conditions: Conditions, clip: Clip, seed: int) -> Videos:
         """Generate clips from conditions, theirs or others; noise goes by their ids.

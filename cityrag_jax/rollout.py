@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -23,8 +23,9 @@ from cityrag_jax.data.clips import ClipConfig, path_clip, stack_clips
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.grounding import GapError, Retrieval, Views, ground_clips
 
-# A `Generator`, or anything called like one: clips and a seed in, videos out.
-Generate = Callable[[Clip, int], UInt8[np.ndarray, "B T H W 3"]]
+# A `Generator`, or anything called like one: clips and a seed in, videos out. What its
+# `begin`, if it has one, makes of clips without their first images is given back to it.
+Generate = Callable[..., UInt8[np.ndarray, "B T H W 3"]]
 
 
 class Span(NamedTuple):
@@ -135,19 +136,23 @@ def rollout(
     Going on from clip `start`, `last_frame` is the last one of the clip before: the
     rest is then what an uninterrupted rollout gives. Raises FloatingPointError with the
     clip's number where the generator does. While a clip is generated, a thread crops
-    the views of the next.
+    the views of the next; while that clip's frames are used, devices encode these.
     """
     frame = job.first_frame if start == 0 else last_frame
     if frame is None:
         raise ValueError(f"Clip {start} starts from the last frame before it; give it.")
     with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(job.clip, start, frame)
+        following, begun = ahead.submit(job.clip, start, frame), ()
         for number in range(start, len(job.spans)):
             began, span = time.monotonic(), job.spans[number]
             clip = dataclasses.replace(following.result(), frames=frame[None])
-            if number + 1 < len(job.spans):
+            more = number + 1 < len(job.spans)
+            if more:
                 following = ahead.submit(job.clip, number + 1, frame)
-            frames = _generate_span(generate, job, clip, number)
+            frames = _generate_span(generate, job, clip, number, begun)
+            # What cannot be cropped is said when it is needed: this clip is whole.
+            if more and following.exception() is None:
+                begun = _begin(generate, following.result())
             yield MadeClip(
                 number,
                 span,
@@ -159,12 +164,19 @@ def rollout(
             frame = frames[-1]
 
 
+def _begin(generate: Generate, clip: Clip) -> tuple[Any, ...]:
+    """Give what the generator is given back with the clip: nothing, or one thing."""
+    if not hasattr(generate, "begin"):
+        return ()
+    return (generate.begin(stack_clips([clip])),)
+
+
 def _generate_span(
-    generate: Generate, job: Job, clip: Clip, number: int
+    generate: Generate, job: Job, clip: Clip, number: int, begun: tuple[Any, ...]
 ) -> UInt8[np.ndarray, "T H W 3"]:
     span = job.spans[number]
     try:
-        made = generate(stack_clips([clip]), job.seed)[0]
+        made = generate(stack_clips([clip]), job.seed, *begun)[0]
     except FloatingPointError as error:
         where = describe_clip(number, span)
         raise FloatingPointError(f"{where}: {error}") from error

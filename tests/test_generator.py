@@ -108,6 +108,13 @@ def test_a_mesh_makes_the_video_of_one_device(clips, alone, sizes):
     assert (difference > 0).mean() < 1e-3
 
 
+def test_a_condition_that_was_begun_gives_the_same_bytes(clips, alone):
+    generator = Generator(bundle_of_no_zeros(), SAMPLER)
+    begun = generator.begin(clips)
+    unseen = dataclasses.replace(clips, condition=np.zeros_like(clips.condition))
+    np.testing.assert_array_equal(generator(unseen, 7, begun), alone)
+
+
 def test_numbers_that_are_not_finite_make_no_video(clips):
     """Neither of latents nor of what the autoencoder makes of sound ones."""
     bundle = bundle_of_no_zeros()

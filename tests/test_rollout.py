@@ -214,3 +214,40 @@ def test_the_next_clips_views_are_cropped_while_one_is_generated(city, monkeypat
         return painter(clip, seed)
 
     assert len(list(rollout(generate, job))) == len(job.spans)
+
+
+def test_the_next_clips_condition_is_begun_before_a_clip_is_handed_out(city):
+    """While its frames are written, devices have something to do: the same video.
+
+    What cannot be cropped leaves the clips before it alone.
+    """
+
+    class Beginner(Painter):
+        begun = ()
+
+        def begin(self, clip):
+            self.begun += (int(clip.clip_id[0]),)
+            return clip.condition.sum()
+
+        def __call__(self, clip, seed, begun=None):
+            assert (begun is None) == (clip.clip_id[0] == 0)
+            assert begun is None or begun == clip.condition.sum()
+            return super().__call__(clip, seed)
+
+    job, beginner = plan_job(city, FIRST, north(11), CONFIG), Beginner()
+    made = []
+    for clip in rollout(beginner, job):
+        made.append(clip)
+        assert beginner.begun == tuple(range(1, min(clip.number + 2, 3)))
+    np.testing.assert_array_equal(join(made), join(list(rollout(Painter(), job))))
+
+    class Torn(type(job)):
+        def clip(self, number, frame):
+            if number == 1:
+                raise ValueError("no such picture")
+            return super().clip(number, frame)
+
+    clips = rollout(Beginner(), Torn(**vars(job)))
+    np.testing.assert_array_equal(next(clips).frames, made[0].frames)
+    with pytest.raises(ValueError, match="no such picture"):
+        next(clips)
