@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
-    {"geo", "diffusion", "batch", "flops", "chips", "int8", "progress"},
+    {"geo", "diffusion", "batch", "flops", "chips", "int8", "files", "progress"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
     {"encode", "convert", "report", "rerun_file", "importers"},
     {"sampling", "generator", "rollout", "recording", "request", "jobs", "scores"}
