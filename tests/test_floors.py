@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
     {"geo", "diffusion", "batch", "flops", "chips", "int8", "files", "progress"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
-    {"encode", "convert", "report", "rerun_file", "importers"},
+    {"encode", "convert", "report", "rerun_file", "importers", "toy"},
     {"sampling", "generator", "rollout", "recording", "request", "jobs", "scores"}
     | {"plan", "training", "commands", "leases"},
     {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},

@@ -23,11 +23,9 @@ import argparse
 from pathlib import Path
 
 from cityrag_jax.commands import Command
-from cityrag_jax.data import build
+from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
 from cityrag_jax.data.store import City
-from cityrag_jax.data.toy_city import ANCHORS
-from cityrag_jax.data.toy_trouble import read_trouble
 from cityrag_jax.importers.cities import Making, describe_import
 from cityrag_jax.importers.film import Source as Film
 from cityrag_jax.importers.film import import_film
@@ -37,6 +35,9 @@ from cityrag_jax.importers.recordings import HEADINGS, Cuts, Origin
 from cityrag_jax.importers.services import SERVICES, import_service, open_service
 from cityrag_jax.importers.web import Client
 from cityrag_jax.parallel import keep_compilations
+from cityrag_jax.toy import build
+from cityrag_jax.toy.drives import ANCHORS
+from cityrag_jax.toy.trouble import read_trouble
 
 PLAN = {
     "neighbourhoods": "of the city: of a toy along a side, else in all",
@@ -142,7 +143,7 @@ def main(given: argparse.Namespace) -> None:
     }
     if given.mine:
         folder = given.mine
-        build.mine_city(folder, **limits)
+        mine_city(folder, **limits)
     elif given.out is None:
         raise ValueError("--toy and --source need --out=DIR.")
     else:
@@ -179,7 +180,7 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
 
     def finish(folder: Path) -> None:
         try:
-            build.mine_city(folder, **limits)
+            mine_city(folder, **limits)
         except ValueError as error:  # good for a video, though not for training
             print(f"  no pairs to train on: {error}")
 
