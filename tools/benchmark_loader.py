@@ -6,7 +6,7 @@ Equirectangular pictures become a city of tiles in a temporary folder; those sma
 than its panoramas are put side by side, so that a pixel keeps a real one's detail. One
 thread then crops views of 832x480 and 65 degrees at random headings. The obvious way
 decodes whole panoramas and samples by py360convert (`pip install py360convert`), which
-is timed in the same run. Seconds are a processor's: the same on a busy machine.
+is timed in the same run. Seconds are a processor's, of the best of ten parts.
 Memory is that of a process that reads and holds nothing else.
 """
 
@@ -31,6 +31,7 @@ from cityrag_jax.geo.poses import poses_from_geodetic
 
 VIEW = {"height": 480, "width": 832, "fov_deg": 65.0}
 ANCHOR = (48.137, 11.575, 520.0)
+ROUNDS = 10
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".webp")
 # What a worker does, and what it then holds.
 WORKER = """
@@ -81,16 +82,23 @@ def make_city(folder: Path, panoramas: list[np.ndarray], quality: int) -> City:
     return write_city(folder, header, captures, panoramas, quality=quality)
 
 
-def per_second(crop: Callable[[int, float], object], count: int, panoramas: int):
-    """Give crops a second of processor time, of random panoramas and headings."""
-    rng = np.random.default_rng(0)
-    places = rng.integers(0, panoramas, count).tolist()
-    yaws = rng.uniform(0, 2 * np.pi, count).tolist()
-    crop(places[0], yaws[0])
-    began = time.process_time()
-    for place, yaw in zip(places, yaws, strict=True):
-        crop(place, yaw)
-    return count / (time.process_time() - began)
+def per_second(
+    crop: Callable[[int, float], object], count: int, panoramas: int
+) -> float:
+    """Give crops a second of processor time, the best of `ROUNDS` parts of them.
+
+    Random panoramas and headings. Other processes only ever slow a part down.
+    """
+    rng, best_s = np.random.default_rng(0), float("inf")
+    crop(0, 0.0)
+    for _ in range(ROUNDS):
+        places = rng.integers(0, panoramas, count).tolist()
+        yaws = rng.uniform(0, 2 * np.pi, count).tolist()
+        began = time.process_time()
+        for place, yaw in zip(places, yaws, strict=True):
+            crop(place, yaw)
+        best_s = min(best_s, (time.process_time() - began) / count)
+    return 1 / best_s
 
 
 def obvious_crop(jpegs: list[bytes], place: int, yaw_rad: float) -> np.ndarray:
@@ -122,8 +130,9 @@ def main(given: argparse.Namespace) -> None:
             return obvious_crop(jpegs, place, yaw_rad)
 
         apart = np.abs(crop(0, 1.0).astype(float) - obvious(0, 1.0)).mean()
-        rates = [per_second(crop, given.crops, len(city))]
-        rates.append(per_second(obvious, max(3, given.crops // 40), len(city)))
+        each = max(1, given.crops // ROUNDS)
+        rates = [per_second(crop, each, len(city))]
+        rates.append(per_second(obvious, max(1, each // 10), len(city)))
         words = [sys.executable, "-c", WORKER, str(city.folder), "100", repr(VIEW)]
         done = subprocess.run(words, check=True, capture_output=True, text=True)
     facts = {
