@@ -15,6 +15,7 @@ from test_train import get_config
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import (
     abstract_model,
+    identify_model,
     latest_model,
     load_bundle,
     parameters,
@@ -120,6 +121,10 @@ def test_weights_are_small_and_those_of_the_config():
 
 
 @pytest.mark.long
+def test_the_readme_tells_their_digest():
+    assert identify_model(WEIGHTS)[:32] in (ROOT / "README.md").read_text()
+
+
 def test_unseen_clips_are_best_with_their_own_condition(scores):
     """Fails if the geo branch is ignored: all three would then be equal."""
     own = scores[FULL]["PSNR"]

@@ -74,7 +74,11 @@ COMMAND.takes(
 COMMAND.takes("--toy", choices=sorted(ANCHORS), help="render this toy city")
 COMMAND.takes("--mine", type=Path, help="mine pairs of this city on disk")
 COMMAND.takes("--out", type=Path, help="folder of the new city")
-COMMAND.takes("--height", type=int, help="of a panorama, pixels; toy 512, else its own")
+COMMAND.takes(
+    "--height",
+    type=int,
+    help="of a panorama, pixels; else its own; toy 512, --preset=test 128",
+)
 COMMAND.takes("--num-frames", type=int, help="of a clip; toy 33, else 73")
 COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, else 0.1")
 COMMAND.takes("--stride", type=int, help="between windows that may be pairs, captures")
@@ -116,7 +120,10 @@ COMMAND.takes(
 )
 COMMAND.takes("--trouble", help="of a toy: noise_m=0.3,drift_m=2,gaps=1,... or all")
 COMMAND.takes(
-    "--preset", choices=list(build.PRESETS), default="demo", help="size of a toy's plan"
+    "--preset",
+    choices=list(build.PRESETS),
+    default="demo",
+    help="size of a toy's plan; test is the smallest",
 )
 for name, meaning in PLAN.items():
     COMMAND.takes(f"--{name.replace('_', '-')}", type=int, help=meaning)
@@ -257,7 +264,7 @@ def build_toy(given: argparse.Namespace, limits: dict) -> City:
     return build.build_toy_city(
         build.toy_config(given.toy, given.preset, **changes),
         given.out,
-        height=given.height or 512,
+        height=given.height or build.HEIGHTS.get(given.preset, build.HEIGHT),
         quality=given.quality,
         overwrite=given.overwrite,
         trouble=read_trouble(given.trouble),

@@ -28,10 +28,14 @@ RENDER_AT_ONCE = 64
 
 # What `tools/build_city.py --preset` changes of a toy city's plan.
 PRESETS = {
-    "test": {"neighbourhoods": 2, "blocks": 1, "routes": 1, "route_streets": 2},
+    "test": {
+        **{"neighbourhoods": 2, "blocks": 1, "block_m": 36.0, "supersample": 1},
+        **{"routes": 1, "route_streets": 1},
+    },
     "demo": {"neighbourhoods": 1, "blocks": 2, "routes": 1},
     "gpu": {"neighbourhoods": 2, "blocks": 3},
 }
+HEIGHT, HEIGHTS = 512, {"test": 128}  # of panoramas, where none is asked for
 
 
 def toy_config(name: str, preset: str, **changes) -> CityConfig:
