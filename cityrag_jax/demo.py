@@ -27,12 +27,9 @@ from cityrag_jax import report
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import identify_model
 from cityrag_jax.commands import Command, find_shipped, load_config
-from cityrag_jax.data import toy_city
-from cityrag_jax.data.build import build_toy_city
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
-from cityrag_jax.data.toy_walk import CLEAR_DAY, film, sharpest_corner
 from cityrag_jax.data.video import write_image
 from cityrag_jax.evaluate import FULL, POSE_ALONE, RECOLOURED, score
 from cityrag_jax.generator import Generator, open_generator
@@ -46,6 +43,9 @@ from cityrag_jax.request import fit_photo
 from cityrag_jax.rollout import Job, MadeClip, plan_job, rollout
 from cityrag_jax.sampling import drop
 from cityrag_jax.scores import DECIMALS
+from cityrag_jax.toy import drives as toy
+from cityrag_jax.toy.build import build_toy_city
+from cityrag_jax.toy.walk import CLEAR_DAY, film, sharpest_corner
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 
@@ -67,20 +67,20 @@ PLAN = dict(
 )
 
 
-def plan_city(path_m: float) -> toy_city.CityConfig:
+def plan_city(path_m: float) -> toy.CityConfig:
     """Plan a city whose drives are long enough for a path: they go round a block."""
     # Streets are taken 1.4 times as long as the path: rounded corners are shorter.
     streets = max(PLAN["route_streets"], math.ceil(1.4 * path_m / PLAN["block_m"]))
-    return toy_city.city("honolulu", **PLAN | {"route_streets": streets})
+    return toy.city("honolulu", **PLAN | {"route_streets": streets})
 
 
 def draw_path(
-    config: toy_city.CityConfig, held_out: int, file: Path, path_m: float = PATH_M
+    config: toy.CityConfig, held_out: int, file: Path, path_m: float = PATH_M
 ) -> None:
     """Write the GeoJSON of a path around the sharpest corner of a neighbourhood."""
     corners = [
         sharpest_corner(drive, path_m)
-        for drive in toy_city.drives(config)
+        for drive in toy.drives(config)
         if drive.neighbourhood == held_out
     ]
     _, enu = max(corners, key=lambda corner: corner[0])
@@ -155,7 +155,7 @@ def score_along(
 
 
 def take_photo(
-    plan: toy_city.CityConfig,
+    plan: toy.CityConfig,
     generator: Generator,
     city: City,
     poses: Float64[np.ndarray, "N 4 4"],

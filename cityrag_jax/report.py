@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import os
 import tempfile
 import textwrap
 import unicodedata
@@ -15,6 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from cityrag_jax.files import write_whole
 
 LABEL_HEIGHT = 18
 BACKGROUND = 255
@@ -43,9 +44,7 @@ def open_folder(path: Path | str) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all, over one that may be there."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_whole(path, text)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

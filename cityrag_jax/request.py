@@ -38,6 +38,7 @@ from cityrag_jax.sampling import read_sampler
 from cityrag_jax.training.examples import clip_config
 
 EXIF = "exif"  # a photo pose that the photo tells itself
+MOST_ENLARGED = 16  # times; a photo of few pixels shows nothing of any street
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +179,18 @@ def fit_photo(
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """Cut the middle of a photo to the video's shape and resample it.
 
-    Means over areas when shrinking, the reference's cubic kernel when enlarging.
+    Means over areas when shrinking, the reference's cubic kernel when enlarging. Raises
+    ValueError if it would be enlarged more than `MOST_ENLARGED` times.
     """
     h, w, _ = photo.shape
     keep_h = min(h, max(1, round(w * height / width)))
     keep_w = min(w, max(1, round(h * width / height)))
+    if height > MOST_ENLARGED * keep_h or width > MOST_ENLARGED * keep_w:
+        raise ValueError(
+            f"The photo has {w}x{h} pixels, too few for a video of {width}x{height}: "
+            f"give one of at least {-(-width // MOST_ENLARGED)}x"
+            f"{-(-height // MOST_ENLARGED)}, better of the video's size."
+        )
     top, left = (h - keep_h) // 2, (w - keep_w) // 2
     middle = photo[top : top + keep_h, left : left + keep_w]
     shrinks = keep_h > height

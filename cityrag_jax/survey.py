@@ -31,6 +31,7 @@ from cityrag_jax.geo.grounding import WAYS, Views, ground_path
 from cityrag_jax.geo.matching import Costs, Match, match_path
 from cityrag_jax.geo.path_files import format_lines
 from cityrag_jax.geo.revisits import join_steps
+from cityrag_jax.rerun_file import import_rerun, write_rerun
 
 NEAR_M = (2, 5, 10)
 CONTACTS, CONTACT_WIDTH = 12, 320
@@ -74,8 +75,9 @@ def survey_path(
     way: str = WAYS[0],
     radius_m: float = Costs.radius_m,
     fps: float = 10.0,
+    rerun: bool = False,
 ) -> dict[str, Any]:
-    """Write path.json, path.png, contacts.jpg and conditions.mp4."""
+    """Write path.json, path.png, contacts.jpg and conditions.mp4, maybe path.rrd."""
     match = match_path(city.index, ecef_from_camera, Costs(radius_m=radius_m))
     views = ground_path(city.index, ecef_from_camera, match, way)
     if len(views) == 0:
@@ -92,6 +94,9 @@ def survey_path(
     _draw_path(city, ecef_from_camera, views, out / "path.png")
     write_video(out / "conditions.mp4", frames, fps)
     write_image(out / "contacts.jpg", _contacts(city, views, frames))
+    if rerun:
+        rrd = out / "path.rrd"
+        write_rerun(rrd, city, ecef_from_camera, views, frames, config.fov_deg)
     return facts
 
 
@@ -254,11 +259,14 @@ COMMAND.takes("--spacing-m", type=float, default=0.5, help="between poses of the
 COMMAND.takes("--height", type=int, default=480, help="of the views, pixels")
 COMMAND.takes("--width", type=int, default=832, help="of the views, pixels")
 COMMAND.takes("--fov-deg", type=float, default=65.0, help="of the views, horizontal")
+COMMAND.switch("--rerun", "write path.rrd for the Rerun viewer, too (extra rerun)")
 COMMAND.takes("--fps", type=float, default=10.0, help="of conditions.mp4")
 
 
 def main(given: argparse.Namespace) -> None:
     """Write and print what the city holds, and what it holds along the path."""
+    if given.rerun:
+        import_rerun()  # before anything takes time
     out = report.open_folder(given.out)
     city = City(given.city)
     print(describe_city(survey_city(city, out)))
@@ -268,6 +276,7 @@ def main(given: argparse.Namespace) -> None:
             height=given.height, width=given.width, fov_deg=given.fov_deg
         )
         kinds = dict(way=given.retrieval, radius_m=given.radius_m, fps=given.fps)
+        kinds["rerun"] = given.rerun
         print(describe_path(survey_path(city, poses, config, out, **kinds)))
     print(f"wrote {out}")
 

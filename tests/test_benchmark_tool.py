@@ -7,9 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+import cv2
 import jax
 import numpy as np
 import pytest
+import synthetic_city
 from flax import nnx
 
 from cityrag_jax.model.layers import MLP
@@ -139,3 +141,23 @@ def test_full_size_is_that_of_the_method(benchmark):
     assert size.tokens() == 29_640
     config = benchmark.dit_config(size)
     assert (config.dim, config.num_layers, config.image_dim) == (5120, 40, 1280)
+
+
+@pytest.mark.long
+def test_the_loader_is_timed_beside_the_obvious_way(tmp_path, capsys):
+    """Both see the same view; a worker reads without an index and without JAX."""
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_loader", TOOL.with_name("benchmark_loader.py")
+    )
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    pose = synthetic_city.line([0, 0, 2], 30, 1)[0]
+    picture = synthetic_city.direction_panorama(pose, 256)
+    cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
+    tool.main(
+        tool.COMMAND.parse([f"--pictures={tmp_path}", "--height=512", "--crops=9"])
+    )
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["panoramas"] == 1 and facts["crops_a_second"] > 0
+    # A mosaic of smooth pictures, through JPEG twice, differs at its seams alone.
+    assert facts["greys_apart"] < 2 and 50 < facts["worker_mib"] < 1000

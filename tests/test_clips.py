@@ -12,12 +12,12 @@ import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax.data import clips, loader
-from cityrag_jax.data.build import build_toy_city, toy_config
 from cityrag_jax.data.pairs import PairConfig, load_pairs, mine_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.grounding import Views
 from cityrag_jax.geo.panorama import crop_panorama
 from cityrag_jax.geo.trajectory import headings, yaw_rotation
+from cityrag_jax.toy.build import build_toy_city, toy_config
 
 CONFIG = clips.ClipConfig(
     num_frames=9,

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import synthetic_wan
 import torch
+from compilation import SAME_BITS
 from safetensors.numpy import load_file, save_file
 from synthetic_wan import CLIP, DIT, VAE
 from test_tokenizer import train_tokenizer
@@ -178,7 +180,7 @@ def test_a_converted_transformer_computes_what_the_plain_one_does(official, conv
         keep_pose=jnp.ones(1),
     )
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=SAME_BITS)
     def run(model):
         prepared = model.prepare(conditions)
         return model(latents, jnp.array([500.0]), text, image, prepared)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from cityrag_jax.data import toy_city
 from cityrag_jax.demo import PATH_M, PLAN, draw_path, plan_city, score_along
 from cityrag_jax.geo.ecef import ecef_from_geodetic
+from cityrag_jax.toy import drives as toy
 
 
 def test_a_long_path_goes_round_a_block(tmp_path):
@@ -20,7 +20,7 @@ def test_a_long_path_goes_round_a_block(tmp_path):
     along_m = np.linalg.norm(np.diff(places, axis=0), axis=1).sum()
     assert along_m == pytest.approx(375, rel=0.02)  # corners are cut between points
     assert np.linalg.norm(places - places[0], axis=1).max() < 65
-    assert plan_city(PATH_M) == toy_city.city("honolulu", **PLAN)
+    assert plan_city(PATH_M) == toy.city("honolulu", **PLAN)
 
 
 def test_a_long_video_is_scored_stretch_by_stretch():

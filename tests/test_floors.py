@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cityrag_jax"
 FLOORS = [
-    {"geo", "diffusion", "batch", "flops", "chips", "int8", "progress"},
+    {"geo", "diffusion", "batch", "flops", "chips", "int8", "files", "progress"},
     {"data", "metrics", "model", "checkpoint", "parallel"},
-    {"encode", "convert", "report", "importers"},
+    {"encode", "convert", "report", "rerun_file", "importers", "toy"},
     {"sampling", "generator", "rollout", "recording", "request", "jobs", "scores"}
     | {"plan", "training", "commands", "leases"},
     {"train", "generate", "evaluate", "survey", "doctor", "ui", "__main__"},

@@ -54,6 +54,11 @@ def test_the_middle_of_a_photo_is_fitted(size):
     assert not fitted[..., 1:].any()
 
 
+def test_a_photo_of_a_few_pixels_is_refused_instead_of_making_fog():
+    with pytest.raises(ValueError, match="has 1x1 pixels, .*48x32: give .*least 3x2,"):
+        fit_photo(np.zeros((1, 1, 3), np.uint8), 32, 48)
+
+
 def test_a_photo_of_the_wanted_size_is_itself(rng):
     photo = rng.integers(256, size=(32, 48, 3)).astype(np.uint8)
     np.testing.assert_array_equal(fit_photo(photo, 32, 48), photo)

@@ -15,11 +15,11 @@ from test_train import get_config
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import (
     abstract_model,
+    identify_model,
     latest_model,
     load_bundle,
     parameters,
 )
-from cityrag_jax.data import build, toy_city
 from cityrag_jax.data.clips import make_clip, plan_clip, stack_clips
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
@@ -33,6 +33,8 @@ from cityrag_jax.evaluate import (
 )
 from cityrag_jax.generator import Generator
 from cityrag_jax.sampling import Sampler
+from cityrag_jax.toy import build
+from cityrag_jax.toy import drives as toy
 from cityrag_jax.training.examples import clip_config
 from cityrag_jax.training.tasks import describe_model
 
@@ -46,11 +48,11 @@ CLIPS, STEPS, SEED = 4, 6, 0
 
 def build_corner(folder: Path) -> City:
     """Two drives around one corner in Honolulu, which is in no training set."""
-    plan = toy_city.city("honolulu", **PLAN)
-    corner = plan.block_m * np.array(toy_city.routes(plan, 0)[0][1])
+    plan = toy.city("honolulu", **PLAN)
+    corner = plan.block_m * np.array(toy.routes(plan, 0)[0][1])
 
     def around_the_corner(config):
-        for drive in toy_city.drives(config):
+        for drive in toy.drives(config):
             places = drive.enu_from_camera[:, :2, 3]
             near = np.linalg.norm(places - corner, axis=1) < REACH_M
             poses, times = drive.enu_from_camera[near], drive.time_s[near]
@@ -119,6 +121,10 @@ def test_weights_are_small_and_those_of_the_config():
 
 
 @pytest.mark.long
+def test_the_readme_tells_their_digest():
+    assert identify_model(WEIGHTS)[:32] in (ROOT / "README.md").read_text()
+
+
 def test_unseen_clips_are_best_with_their_own_condition(scores):
     """Fails if the geo branch is ignored: all three would then be equal."""
     own = scores[FULL]["PSNR"]

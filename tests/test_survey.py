@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -141,3 +142,57 @@ def test_a_path_elsewhere_is_refused_with_its_distance(city, tmp_path):
     path = write_path(tmp_path / "walk.csv", [(100, 30), (100, 90)])
     with pytest.raises(ValueError, match="no capture within 15.0 m of the path"):
         run(f"--city={city.folder}", f"--path={path}", f"--out={tmp_path}", *VIEWS)
+
+
+class FakeRerun:
+    """The part of rerun that is used (0.41's names), noting what is logged."""
+
+    class ViewCoordinates:
+        RIGHT_HAND_Z_UP, RDF = "z up", "rdf"
+
+    def __init__(self):
+        self.logged, self.times = [], []
+
+    def __getattr__(self, name):
+        return lambda *given, **kinds: (name, given, kinds)
+
+    def RecordingStream(self, name):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def save(self, path):
+        path.write_bytes(b"rrd")
+
+    def set_time(self, timeline, sequence):
+        self.times.append(sequence)
+
+    def log(self, entity, content, static=False):
+        self.logged.append((entity, content))
+
+
+def test_a_path_is_written_for_rerun(city, tmp_path, monkeypatch):
+    """Each view's camera stands at its capture and looks as the path does there."""
+    path = write_path(tmp_path / "walk.csv", [(0.2, -30), (0.2, 0), (30, 0)])
+    words = [f"--city={city.folder}", f"--path={path}", "--rerun", *VIEWS]
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(ValueError, match="--rerun needs the rerun-sdk: pip install"):
+        run(*words, f"--out={tmp_path / 'a'}")
+    fake = FakeRerun()
+    monkeypatch.setitem(sys.modules, "rerun", fake)
+    run(*words, f"--out={tmp_path / 'b'}")
+    assert (tmp_path / "b" / "path.rrd").read_bytes() == b"rrd"
+    logged = dict(fake.logged)
+    (drives,) = logged["world/drives"][1]
+    assert [len(line) for line in drives] == [160, 160, 160]
+    np.testing.assert_allclose(drives[0][0], [0, -40, 2], atol=1e-6)
+    poses = [c[2] for e, c in fake.logged if e == "world/view" and "mat3x3" in c[2]]
+    first, last = poses[0], poses[-1]
+    np.testing.assert_allclose(first["translation"], [0, -30, 2], atol=0.3)
+    np.testing.assert_allclose(first["mat3x3"][:, 2], [0, 1, 0], atol=1e-4)
+    np.testing.assert_allclose(last["mat3x3"][:, 2], [1, 0, 0], atol=1e-4)
+    assert fake.times == sorted(fake.times) and len(fake.times) == len(poses)

@@ -9,11 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 from test_train import get_config
 
-from cityrag_jax.data.build import build_toy_city, toy_config
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, read_video
 from cityrag_jax.request import Request, generate, generate_into
+from cityrag_jax.toy.build import build_toy_city, toy_config
 from cityrag_jax.train import train
 from cityrag_jax.training.examples import clip_config
 from cityrag_jax.training.log import read_metrics

@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cityrag_jax.data import build, toy_trouble
+from cityrag_jax.data.build import pair_config
 from cityrag_jax.data.pairs import mine_pairs
-from cityrag_jax.data.toy_city import city, drives
-from cityrag_jax.data.toy_render import Rendering
-from cityrag_jax.data.toy_trouble import ALL, Trouble, misbehave, read_trouble, record
 from cityrag_jax.geo.matching import match_path
 from cityrag_jax.geo.retrieval import index_captures
+from cityrag_jax.toy import build, trouble
+from cityrag_jax.toy.drives import city, drives
+from cityrag_jax.toy.render import Rendering
+from cityrag_jax.toy.trouble import ALL, Trouble, misbehave, read_trouble, record
 
 SIZES = {"neighbourhoods": 1, "blocks": 2, "routes": 1, "route_streets": 4}
 CONFIG = city("paris", **SIZES, step_m=(0.8, 1.2))
@@ -79,7 +80,7 @@ def test_a_troubled_city_is_still_mined_and_matched(made):
     """With every trouble at once: what the importers and the matching are for."""
     trouble = dataclasses.replace(ALL, tilt_deg=0.0)
     given = [record(CONFIG, d, trouble) for d in misbehave(CONFIG, made, trouble)]
-    rules = build.pair_config(17, 0.0, every_pass=True)
+    rules = pair_config(17, 0.0, every_pass=True)
     pairs = mine_pairs(captures_of(given), "paris", rules)
     assert len(pairs) > 10
     truth = build.columns_of(made[:1], ANCHOR).ecef_from_camera
@@ -122,6 +123,6 @@ def test_pictures_are_of_the_true_poses_and_the_default_is_untouched(
 
 
 def test_trouble_is_read_from_words():
-    assert read_trouble(None) is None and read_trouble("all") == toy_trouble.ALL
+    assert read_trouble(None) is None and read_trouble("all") == trouble.ALL
     with pytest.raises(ValueError, match="holds 'fog=1'; give NAME=NUMBER of noise_m"):
         read_trouble("gaps=1,fog=1")

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from cityrag_jax.data.toy_city import city, drives
-from cityrag_jax.data.toy_scene import draw_scene
-from cityrag_jax.data.toy_walk import CLEAR_DAY, draw_day, film, sharpest_corner
 from cityrag_jax.geo.ecef import ecef_from_enu
+from cityrag_jax.toy.drives import city, drives
+from cityrag_jax.toy.scene import draw_scene
+from cityrag_jax.toy.walk import CLEAR_DAY, draw_day, film, sharpest_corner
 
 CITY = city("paris", neighbourhoods=2, blocks=2, block_m=40.0, supersample=1)
 

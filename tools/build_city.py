@@ -23,11 +23,9 @@ import argparse
 from pathlib import Path
 
 from cityrag_jax.commands import Command
-from cityrag_jax.data import build
+from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
 from cityrag_jax.data.store import City
-from cityrag_jax.data.toy_city import ANCHORS
-from cityrag_jax.data.toy_trouble import read_trouble
 from cityrag_jax.importers.cities import Making, describe_import
 from cityrag_jax.importers.film import Source as Film
 from cityrag_jax.importers.film import import_film
@@ -37,6 +35,9 @@ from cityrag_jax.importers.recordings import HEADINGS, Cuts, Origin
 from cityrag_jax.importers.services import SERVICES, import_service, open_service
 from cityrag_jax.importers.web import Client
 from cityrag_jax.parallel import keep_compilations
+from cityrag_jax.toy import build
+from cityrag_jax.toy.drives import ANCHORS
+from cityrag_jax.toy.trouble import read_trouble
 
 PLAN = {
     "neighbourhoods": "of the city: of a toy along a side, else in all",
@@ -73,7 +74,11 @@ COMMAND.takes(
 COMMAND.takes("--toy", choices=sorted(ANCHORS), help="render this toy city")
 COMMAND.takes("--mine", type=Path, help="mine pairs of this city on disk")
 COMMAND.takes("--out", type=Path, help="folder of the new city")
-COMMAND.takes("--height", type=int, help="of a panorama, pixels; toy 512, else its own")
+COMMAND.takes(
+    "--height",
+    type=int,
+    help="of a panorama, pixels; else its own; toy 512, --preset=test 128",
+)
 COMMAND.takes("--num-frames", type=int, help="of a clip; toy 33, else 73")
 COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, else 0.1")
 COMMAND.takes("--stride", type=int, help="between windows that may be pairs, captures")
@@ -115,7 +120,10 @@ COMMAND.takes(
 )
 COMMAND.takes("--trouble", help="of a toy: noise_m=0.3,drift_m=2,gaps=1,... or all")
 COMMAND.takes(
-    "--preset", choices=list(build.PRESETS), default="demo", help="size of a toy's plan"
+    "--preset",
+    choices=list(build.PRESETS),
+    default="demo",
+    help="size of a toy's plan; test is the smallest",
 )
 for name, meaning in PLAN.items():
     COMMAND.takes(f"--{name.replace('_', '-')}", type=int, help=meaning)
@@ -135,7 +143,7 @@ def main(given: argparse.Namespace) -> None:
     }
     if given.mine:
         folder = given.mine
-        build.mine_city(folder, **limits)
+        mine_city(folder, **limits)
     elif given.out is None:
         raise ValueError("--toy and --source need --out=DIR.")
     else:
@@ -172,7 +180,7 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
 
     def finish(folder: Path) -> None:
         try:
-            build.mine_city(folder, **limits)
+            mine_city(folder, **limits)
         except ValueError as error:  # good for a video, though not for training
             print(f"  no pairs to train on: {error}")
 
@@ -256,7 +264,7 @@ def build_toy(given: argparse.Namespace, limits: dict) -> City:
     return build.build_toy_city(
         build.toy_config(given.toy, given.preset, **changes),
         given.out,
-        height=given.height or 512,
+        height=given.height or build.HEIGHTS.get(given.preset, build.HEIGHT),
         quality=given.quality,
         overwrite=given.overwrite,
         trouble=read_trouble(given.trouble),

@@ -22,6 +22,7 @@ ends with
 import argparse
 import contextlib
 import dis
+import errno
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from cityrag_jax.commands.config_files import (
 PACKAGE = str(Path(__file__).parents[1])
 ROOT = str(Path(__file__).parents[2])
 BAD_INPUT, FAULT, STOPPED = 2, 70, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what no room on a disk is called
 CONFIG_HELP = (
     "Python file with get_config(variant), such as configs/toy_city.py[:variant]; "
     "--config.section.key=VALUE changes a value, --config=FILE --help lists all"
@@ -189,7 +191,8 @@ def describe_error(error: Exception) -> tuple[str, int]:
             "fault of this program; repeat the command with --debug and report it."
         ), FAULT
     if isinstance(error, OSError) and error.filename is not None:
-        return f"error: {error.filename}: {error.strerror}.", BAD_INPUT
+        cure = " Make room, then repeat the command." if error.errno in FULL else ""
+        return f"error: {error.filename}: {error.strerror}.{cure}", BAD_INPUT
     code = 1 if isinstance(error, FloatingPointError) else BAD_INPUT
     return f"error: {error}", code
 

@@ -94,7 +94,7 @@ def plan_clip(
     yaw = draw_yaw(rng, config.num_frames, config.yaw_rate_deg)
     shortest, longest = config.condition_frames
     stop = start_b + int(rng.integers(shortest, longest + 1))
-    stop = min(stop, drive_stop(city.index.drive_edges, start_b))
+    stop = min(stop, drive_stop(city.drive_edges, start_b))
     target = np.arange(start_a, start_a + config.num_frames)
     condition = np.arange(start_b, stop)
     poses = city.captures.ecef_from_camera

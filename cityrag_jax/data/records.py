@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from jaxtyping import UInt8
 
 from cityrag_jax.data.captures import REBUILD
+from cityrag_jax.files import write_whole
 from cityrag_jax.geo import panorama
 
 VERSION = "1.0.0"
@@ -94,9 +95,7 @@ def write_records(
         file = path / _file_name(len(old) + number, shards)
         done.append(_write_shard(file, part))
         document = {"plan": plan, "shards": done}
-        temporary = path / f".{PROGRESS}"
-        temporary.write_text(json.dumps(document))
-        os.replace(temporary, path / PROGRESS)
+        write_whole(path / PROGRESS, json.dumps(document))
     for _ in panoramas:  # whoever gives too many is to say so
         pass
     lengths = [length for _, length in old] + [shard["records"] for shard in done]

@@ -24,7 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import Float32, Float64, Int, UInt8
+from jaxtyping import Float32, Float64, Int, Int64, UInt8
 
 from cityrag_jax.data.captures import (
     REBUILD,
@@ -63,8 +63,11 @@ from cityrag_jax.geo.panorama import (
     tile_edges,
     touched_tiles,
 )
-from cityrag_jax.geo.retrieval import CaptureIndex, index_captures
+from cityrag_jax.geo.retrieval import CaptureIndex, drive_edges, index_captures
 
+# Parts of a panorama's column that a crop's centre is rounded to; OpenCV itself rounds
+# places to 32 parts. 0.003 degrees where a panorama is 2048 high.
+FRACTIONS = 16
 Picture = UInt8[np.ndarray, "P W 3"] | None
 Panoramas = Iterable[Picture] | Callable[[int], Iterable[Picture]]
 
@@ -227,6 +230,28 @@ def _base_maps(
     return (longitude * per_radian).astype(np.float32), rows.astype(np.float32)
 
 
+@functools.lru_cache(maxsize=2 * FRACTIONS)
+def _fixed_maps(
+    panorama_height: int,
+    view: tuple[int, int, float, float],
+    first_row: int,
+    fraction: int,
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Give a column left of the view's centre, and maps in fixed point from it on.
+
+    Sampling by them takes 60 % of the time, and nothing is computed for a crop.
+    """
+    columns, rows = _base_maps(panorama_height, *view)
+    first = int(np.floor(columns.min()))
+    columns = columns + np.float32(fraction / FRACTIONS - first)
+    rows = rows - np.float32(first_row)
+    return first, *cv2.convertMaps(columns, rows, cv2.CV_16SC2)
+
+
+def _sample(canvas: np.ndarray, *maps: np.ndarray) -> np.ndarray:
+    return cv2.remap(canvas, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
 class City:
     """Reads a city: columns at once, pictures when asked for.
 
@@ -270,6 +295,11 @@ class City:
         return provenance
 
     @functools.cached_property
+    def drive_edges(self) -> Int64[np.ndarray, " D"]:
+        """Where drives begin, and the number of captures; workers need no index."""
+        return drive_edges(self.captures.drive)
+
+    @functools.cached_property
     def index(self) -> CaptureIndex:
         """The captures, findable by place."""
         columns = self.captures
@@ -298,7 +328,7 @@ class City:
         return crops
 
     def _crop(self, capture, yaw_rad, height, width, fov_rad, pitch_rad) -> np.ndarray:
-        size = self.header.panorama_height
+        size, view = self.header.panorama_height, (height, width, fov_rad, pitch_rad)
         window = touched_tiles(
             size,
             yaw_rad,
@@ -307,21 +337,22 @@ class City:
             fov_rad=fov_rad,
             pitch_rad=pitch_rad,
         )
-        columns, rows = _base_maps(size, height, width, fov_rad, pitch_rad)
         centre = np.remainder(yaw_rad, 2 * np.pi) * size / np.pi + size - 0.5
         if window.whole:
             canvas = pad_panorama(self.panorama(capture))
+            columns, rows = _base_maps(size, *view)
             columns = np.remainder(columns + np.float32(centre + 0.5), 2 * size) + 0.5
-            columns, rows = columns.astype(np.float32), rows + np.float32(1)
-        else:
-            row_edges, column_edges = tile_edges(size)
-            canvas = self._canvas(capture, window)
-            left = window.column_start * column_edges[1]
-            columns = columns + np.float32(centre - left)
-            rows = rows - np.float32(row_edges[window.row_start])
-        return cv2.remap(
-            canvas, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-        )
+            return _sample(canvas, columns.astype(np.float32), rows + np.float32(1))
+        row_edges, column_edges = tile_edges(size)
+        canvas, first_row = self._canvas(capture, window), row_edges[window.row_start]
+        centre -= window.column_start * column_edges[1]
+        column, fraction = divmod(round(centre * FRACTIONS), FRACTIONS)
+        first, *maps = _fixed_maps(size, view, first_row, fraction)
+        if column + first >= 0:
+            return _sample(canvas[:, column + first :], *maps)
+        columns, rows = _base_maps(size, *view)  # a part of a column is missing
+        columns, rows = columns + np.float32(centre), rows - np.float32(first_row)
+        return _sample(canvas, columns, rows)
 
     def panorama(self, capture: int) -> UInt8[np.ndarray, "P W 3"]:
         """Decode one whole panorama."""

@@ -7,7 +7,6 @@ cost. What rests on the captures elsewhere (videos, encoded clips) is found, too
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from cityrag_jax.data.pairs import (
 )
 from cityrag_jax.data.records import copy_records
 from cityrag_jax.data.store import City, sole_writer, take_place
+from cityrag_jax.files import write_whole
 from cityrag_jax.geo.retrieval import drive_edges
 
 SIDECAR, LATENTS = "generate.json", "latents.json"
@@ -138,9 +138,7 @@ def read_taken(folder: Path) -> set[str]:
 def note_taken(folder: Path, ids: Sequence[str]) -> None:
     """Note ids that must not be imported again, and remove their pictures there."""
     ordered = sorted(read_taken(folder) | set(ids))
-    temporary = folder / f".{TAKEN}-{os.getpid()}"
-    temporary.write_text("".join(f"{name}\n" for name in ordered))
-    os.replace(temporary, folder / TAKEN)
+    write_whole(folder / TAKEN, "".join(f"{name}\n" for name in ordered))
     for path in list(folder.rglob("*")):
         if path.is_file() and names_of(path, folder) & set(ids):
             path.unlink()

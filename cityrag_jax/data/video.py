@@ -18,6 +18,8 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float64, UInt8
 
+from cityrag_jax.files import named, write_whole
+
 # What makes equal frames equal bytes on any machine: fixed threads, and no decision
 # that depends on timing or on the processor.
 X264 = {"x264-params": "cpu-independent=1:mbtree=0", "threads": "4"}
@@ -105,7 +107,7 @@ class JoinedVideo:
         """Put a video behind what is there."""
         import av
 
-        with av.open(os.fspath(part)) as source:
+        with named(self.path), av.open(os.fspath(part)) as source:
             theirs = source.streams.video[0]
             if self._stream is None:
                 self._stream = self._container.add_stream_from_template(theirs)
@@ -124,7 +126,8 @@ class JoinedVideo:
 
     def close(self) -> None:
         """Finish the file."""
-        self._container.close()
+        with named(self.path):
+            self._container.close()
         if not self.growing:
             os.replace(self._temporary, self.path)
 
@@ -268,6 +271,4 @@ def write_image(path: str | Path, picture: UInt8[np.ndarray, "H W 3"]) -> None:
             f"{path}: pictures cannot be stored as {path.suffix or 'nothing'}; use "
             ".png or .jpg."
         ) from error
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_bytes(content.tobytes())
-    os.replace(temporary, path)
+    write_whole(path, content.tobytes())

@@ -22,6 +22,7 @@ from cityrag_jax.data.masks import hide, read_mask
 from cityrag_jax.data.provenance import Provenance, make_provenance
 from cityrag_jax.data.records import map_ahead
 from cityrag_jax.data.store import City, Picture, write_city
+from cityrag_jax.files import write_whole
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama
 from cityrag_jax.importers.recordings import Cuts, Shots, make_captures, tabulate
@@ -156,9 +157,7 @@ def _write_report(folder: Path, report: dict[str, Any], before: Path | None) -> 
     """Write import.json; that of a city which was appended to goes inside."""
     if before:
         report = report | {"before": _read_report(before)}
-    temporary = folder / f".import-{os.getpid()}.json"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, folder / "import.json")
+    write_whole(folder / "import.json", json.dumps(report, indent=1) + "\n")
 
 
 def _read_report(folder: Path) -> dict[str, Any]:

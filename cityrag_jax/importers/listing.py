@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cityrag_jax.data.records import map_ahead
+from cityrag_jax.files import write_whole
 from cityrag_jax.importers.tags import read_tags
 from cityrag_jax.importers.web import Client, Refused, Unreachable
 from cityrag_jax.progress import Progress
@@ -152,9 +153,7 @@ def _read_listing(path: Path, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def fetch_pictures(

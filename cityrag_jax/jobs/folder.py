@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cityrag_jax import report
+from cityrag_jax.files import named
 from cityrag_jax.jobs.lines import JobLine
 from cityrag_jax.leases import LOCK, Leases
 from cityrag_jax.parallel import on_writer
@@ -155,7 +156,7 @@ class JobsFolder:
         """Write and print the line of a job that this process ended, and the status."""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         told = {"time": when, "id": line.name, "state": state, **facts}
-        with self._lock, self._log.open("a") as file:
+        with self._lock, named(self._log), self._log.open("a") as file:
             file.write(json.dumps(told) + "\n")
         shown = ", ".join(f"{key} {value}" for key, value in facts.items())
         print(f"job {line.name} {state}: {shown}", flush=True)

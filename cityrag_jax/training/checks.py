@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import latent_shape
+from cityrag_jax.files import write_whole
 from cityrag_jax.parallel import RULES, check_rules, fill_mesh, make_mesh
 from cityrag_jax.training.examples import clips_at_once
 from cityrag_jax.training.tasks import describe_model
@@ -200,11 +201,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Write the config of a training that begins."""
-    path = workdir / "config.json"
-    temporary = path.with_suffix(".tmp")
-    flat = flatten_config(config)
-    temporary.write_text(json.dumps(flat, indent=1, sort_keys=True) + "\n")
-    temporary.rename(path)
+    text = json.dumps(flatten_config(config), indent=1, sort_keys=True) + "\n"
+    write_whole(workdir / "config.json", text)
 
 
 def _was_trained(workdir: Path) -> bool:

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from cityrag_jax.batch import Clip
 from cityrag_jax.checkpoint import Arrays, Damaged, parameters
 from cityrag_jax.checkpoint.digests import sum_arrays
+from cityrag_jax.files import write_whole
 from cityrag_jax.parallel import batch_share, place_batch
 from cityrag_jax.training.examples import Sources, stream
 from cityrag_jax.training.task import Encoders, Examples
@@ -92,9 +93,7 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
     if path.exists():
         _compare(json.loads(path.read_text()), record, folder, "choose another --out")
         return
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.rename(path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def _compare(stored: dict, wanted: dict, folder: Path, remedy: str) -> None:

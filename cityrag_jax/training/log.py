@@ -17,6 +17,7 @@ import numpy as np
 import tqdm
 from jaxtyping import UInt8
 
+from cityrag_jax.files import named, write_whole
 from cityrag_jax.parallel import is_writer
 from cityrag_jax.progress import describe_time
 from cityrag_jax.report import gif
@@ -127,17 +128,20 @@ class TrainingLog(NoLog):
         """Write numbers without moving the bar."""
         numbers = {k: float(v) for k, v in metrics.items()}
         line = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        self._put({"step": step, **line})
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
 
     def remark(self, step: int, text: str) -> None:
         """Say something of a step, and keep it among the reports."""
-        self._file.write(json.dumps({"step": step, "remark": text}) + "\n")
-        self._file.flush()
+        self._put({"step": step, "remark": text})
         say(text)
+
+    def _put(self, line: dict[str, Any]) -> None:
+        with named(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def show(self, step: int, videos: Videos, fps: float) -> None:
         """Play videos among TensorBoard's images, if there is TensorBoard."""
@@ -189,4 +193,4 @@ def _forget_after(path: Path, step: int) -> None:
     """Drop reports behind the checkpoint that a training goes on from."""
     if path.exists():
         kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))

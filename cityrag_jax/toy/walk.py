@@ -6,10 +6,10 @@ A walk goes around a corner of a drive. Its seed is a day: light, weather and tr
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from cityrag_jax.data.toy_city import CityConfig, Drive
-from cityrag_jax.data.toy_render import render_views
-from cityrag_jax.data.toy_scene import WEATHERS, Scene, draw_scene
 from cityrag_jax.geo.ecef import ecef_from_enu, invert_rigid
+from cityrag_jax.toy.drives import CityConfig, Drive
+from cityrag_jax.toy.render import render_views
+from cityrag_jax.toy.scene import WEATHERS, Scene, draw_scene
 
 CLEAR_DAY = 5
 

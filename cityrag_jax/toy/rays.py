@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from cityrag_jax.data import toy_world
-from cityrag_jax.data.toy_world import Grid, Things
+from cityrag_jax.toy import world
+from cityrag_jax.toy.world import Grid, Things
 
 WALK_STEPS = 36
 FACADES = 5
@@ -152,7 +152,7 @@ def walk(grid: Grid, seed: Array, rays: Rays) -> Walls:
     """
     lines = grid.lots + 1
     half, lot, block = (
-        np.float32(v) for v in (toy_world.STREET_HALF_M, grid.lot_m, grid.block_m)
+        np.float32(v) for v in (world.STREET_HALF_M, grid.lot_m, grid.block_m)
     )
 
     def cell_of(p: Array) -> Array:
@@ -194,7 +194,7 @@ def walk(grid: Grid, seed: Array, rays: Rays) -> Walls:
         cx = cx + jnp.where(along_x, step_x, 0)
         cy = cy + jnp.where(along_x, 0, step_y)
         (i, a), (j, b) = split(cx), split(cy)
-        height = toy_world.lot_at(grid, seed, i, j, a, b).height_m
+        height = world.lot_at(grid, seed, i, j, a, b).height_m
         face = jnp.where(along_x, step_x, 2 * step_y) + jnp.where(before > 3.0, 8, 0)
         rise = (height - rays.z) / s
         seen = (rise > horizon) & (height > 0.0)
@@ -208,7 +208,7 @@ def walk(grid: Grid, seed: Array, rays: Rays) -> Walls:
 
     s, cx, cy, face = jax.lax.fori_loop(0, WALK_STEPS, step, start)[-1]
     (i, a), (j, b) = split(cx), split(cy)
-    lot_seen = toy_world.lot_at(grid, seed, i, j, a, b)
+    lot_seen = world.lot_at(grid, seed, i, j, a, b)
     along_x = jnp.abs(jnp.where(face > 4, face - 8, face)) == 1
     px, py = (
         rays.x[None] + dx[None] * s - i * block,
@@ -235,7 +235,7 @@ def _columns(
     pairs_at_once = 1 << (18 if jax.default_backend() == "cpu" else 23)
     some = min(total, max(8, pairs_at_once // math.prod(shape)))
     apart = jnp.hypot(things.x - rays.x[..., 0], things.y - rays.y[..., 0])
-    within = apart < toy_world.REACH_M + radius_m + 1.0
+    within = apart < world.REACH_M + radius_m + 1.0
     order = jnp.argsort(~within, axis=1, stable=True)
     things = Things(*(jnp.take_along_axis(part, order, axis=1) for part in things))
     radius_m = jnp.take_along_axis(radius_m, order, axis=1)
@@ -254,7 +254,7 @@ def _columns(
         gx, gy = at_x - rays.x[:, None], at_y - rays.y[:, None]
         dx, dy = rays.dx[:, None], rays.dy[:, None]
         s, q = gx * dx + gy * dy, gy * dx - gx * dy
-        met = (jnp.abs(q) < radius) & (s > 0.3) & (s < toy_world.REACH_M)
+        met = (jnp.abs(q) < radius) & (s > 0.3) & (s < world.REACH_M)
         met &= s - radius < hidden_m[:, None]
         which = (part * some + jnp.arange(some, dtype=jnp.int32))[None, :, None, None]
         met &= which < total
@@ -315,8 +315,8 @@ def _box(rays: Rays, enter: Array, leave: Array, top: Array) -> Array:
 def car_size(bits: Array) -> tuple[Array, Array, Array]:
     """Give a car's half length, its height, and the half length of its cabin."""
     van = (bits & np.uint32(0xE00)) == 0
-    half = 1.9 + 0.4 * toy_world.fraction(bits, 24) + jnp.where(van, 0.5, 0.0)
-    tall = jnp.where(van, 2.05, 1.42 + 0.15 * toy_world.fraction(bits, 20))
+    half = 1.9 + 0.4 * world.fraction(bits, 24) + jnp.where(van, 0.5, 0.0)
+    tall = jnp.where(van, 2.05, 1.42 + 0.15 * world.fraction(bits, 20))
     return half, tall, half * jnp.where(van, 0.92, 0.56)
 
 
@@ -348,7 +348,7 @@ def _meet_car(rays: Rays, near: Near) -> Array:
 def _meet_person(rays: Rays, near: Near) -> Array:
     """Measure the way to a person: an outline turned to the camera."""
     z, q = rays.z + rays.slope * near.distance, jnp.abs(near.off)
-    stride = 0.015 + 0.1 * toy_world.fraction(near.bits, 5) * (0.85 - z)
+    stride = 0.015 + 0.1 * world.fraction(near.bits, 5) * (0.85 - z)
     legs = (z < 0.85) & (jnp.abs(q - 0.09 - stride) < 0.075)
     shoulder = (
         0.25 - 1.2 * jnp.maximum(z - 1.36, 0.0) - 0.06 * jnp.maximum(1.3 - z, 0.0)
@@ -371,8 +371,8 @@ def _meet_post(rays: Rays, near: Near) -> Array:
 
 def tree_size(bits: Array) -> tuple[Array, Array, Array]:
     """Give a crown's radius, half height, and the height of its middle."""
-    radius = 1.4 + 1.0 * toy_world.fraction(bits, 16)
-    tall = 1.5 + 1.5 * toy_world.fraction(bits, 24)
+    radius = 1.4 + 1.0 * world.fraction(bits, 16)
+    tall = 1.5 + 1.5 * world.fraction(bits, 24)
     return radius, tall, TRUNK_M + tall
 
 
@@ -386,10 +386,10 @@ def _meet_tree(rays: Rays, near: Near) -> Array:
     root = b * b - a * (ahead * ahead + q * q + z * z - 1.0)
     s = (b - jnp.sqrt(jnp.maximum(root, 0.0))) / a * radius
     points = rays.x + rays.dx * s, rays.y + rays.dy * s, rays.z + rays.slope * s
-    leaf = toy_world.hashed(
+    leaf = world.hashed(
         near.bits, 80, *(jnp.floor(p * 3.0).astype(jnp.int32) for p in points)
     )
-    ragged = root > 0.5 * a * (1.0 - q * q) * toy_world.fraction(leaf, 8)
+    ragged = root > 0.5 * a * (1.0 - q * q) * world.fraction(leaf, 8)
     crown = jnp.where((root > 0.0) & (s > 0.3) & ragged, s, FAR)
     foot = rays.z + rays.slope * near.distance < TRUNK_M + 0.2
     trunk = jnp.where((jnp.abs(near.off) < 0.14) & foot, near.distance, FAR)
@@ -412,10 +412,10 @@ def find_things(
     """Find the cars, people, trees and posts around each camera."""
     place = position[:, :2]
     return (
-        toy_world.cars(grid, drive_seed, place, time_s),
-        toy_world.people(grid, drive_seed, place, time_s),
-        toy_world.trees(grid, seed, place),
-        toy_world.furniture(grid, seed, place),
+        world.cars(grid, drive_seed, place, time_s),
+        world.people(grid, drive_seed, place, time_s),
+        world.trees(grid, seed, place),
+        world.furniture(grid, seed, place),
     )
 
 

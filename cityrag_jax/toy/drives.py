@@ -5,7 +5,7 @@ streets around it; one row of blocks separates neighbours, so no street is share
 route walks along streets and turns at junctions in arcs; each drive of a route follows
 it in its own lane position, at its own speed, at another time in other weather.
 
-The city is drawn by `toy_render`; what stands where is decided in `toy_world`.
+The city is drawn by `render`; what stands where is decided in `world`.
 Frames: cameras are OpenCV (x right, y down, z forward), the world is east-north-up
 metres about the anchor.
 """
@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from cityrag_jax.data.toy_scene import WEATHERS, Scene, draw_scene
+from cityrag_jax.toy.scene import WEATHERS, Scene, draw_scene
 
 Junction = tuple[int, int]
 PATH_STEP_M = 0.05

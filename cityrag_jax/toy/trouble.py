@@ -11,9 +11,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64
 
-from cityrag_jax.data.toy_city import CityConfig, Drive
-from cityrag_jax.data.toy_scene import WEATHERS, draw_scene
 from cityrag_jax.geo.poses import level_from_tilted
+from cityrag_jax.toy.drives import CityConfig, Drive
+from cityrag_jax.toy.scene import WEATHERS, draw_scene
 
 DRIFT_M = 30.0  # of way, after which satellites err another way
 GAP_M = 25.0  # of way that a gap takes: longer than a step may be

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from cityrag_jax.data.toy_world import ROAD_HALF_M, STREET_HALF_M, fraction, hashed
+from cityrag_jax.toy.world import ROAD_HALF_M, STREET_HALF_M, fraction, hashed
 
 Value = Array | np.ndarray | np.generic | float | bool
 Color = tuple[Value, Value, Value]

@@ -1,6 +1,6 @@
 """Render any camera at any place and time of any drive through the toy city.
 
-Panoramas and pinhole views are the same code on other rays (`toy_rays`); this file
+Panoramas and pinhole views are the same code on other rays (`rays`); this file
 puts light on what the rays meet, averages the samples of each pixel, and holds the
 public calls.
 
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
-from cityrag_jax.data import toy_shade, toy_world
-from cityrag_jax.data.toy_city import CityConfig
-from cityrag_jax.data.toy_rays import (
+from cityrag_jax.toy import shade, world
+from cityrag_jax.toy.drives import CityConfig
+from cityrag_jax.toy.rays import (
     CARS,
     FAR,
     GROUND,
@@ -41,9 +41,9 @@ from cityrag_jax.data.toy_rays import (
     tree_size,
     walk,
 )
-from cityrag_jax.data.toy_scene import Scene
-from cityrag_jax.data.toy_shade import Light, mix, pick, scale
-from cityrag_jax.data.toy_world import Grid
+from cityrag_jax.toy.scene import Scene
+from cityrag_jax.toy.shade import Light, mix, pick, scale
+from cityrag_jax.toy.world import Grid
 
 # A camera tilted by less is drawn as level, which is quicker: 0.07 pixels of 832 at 65
 # degrees. The Earth's curve alone tilts it so far 640 m from the anchor.
@@ -76,7 +76,7 @@ class Scenes(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def shade(
+def paint(
     grid: Grid, seed: Array, scene: Scenes, rays: Rays, time_s: Array, seen: Seen
 ) -> Array:
     """Colour every sample; return packed colours."""
@@ -87,13 +87,13 @@ def shade(
     index = seen.index
     surface, facing = _shade_wall(seen, z, s, light)
     on_ground = index == GROUND
-    road = toy_shade.ground(grid.block_m, seed, x, y, s, light)
+    road = shade.ground(grid.block_m, seed, x, y, s, light)
     surface = _choose(on_ground, road, surface)
     facing = jnp.where(on_ground, light.sun[2], facing)
     surface, facing, ambient = _shade_things(
         rays, seen, (x, y, z), s, light, surface, facing
     )
-    facing = facing * toy_world.sunlit(grid, seed, x, y, z, light.sun)
+    facing = facing * world.sunlit(grid, seed, x, y, z, light.sun)
     ambient = ambient * (0.72 + 0.28 * jnp.clip(z * 0.12, 0.0, 1.0))
     color = tuple(
         c * (a * ambient + b * facing) + g
@@ -108,27 +108,27 @@ def shade(
     shown = scale(shown, jnp.where(dark, 0.35, 1.0))
     color = mix(color, shown, surface.mirror * grazing)
     color = mix(color, light.horizon_rgb, 1.0 - jnp.exp(-haze_per_m * s))
-    above = toy_shade.sky(rays.dx, rays.dy, rays.slope, time_s[:, None, None], light)
+    above = shade.sky(rays.dx, rays.dy, rays.slope, time_s[:, None, None], light)
     above = _skyline(seed, rays, light, haze_per_m, above)
-    return toy_shade.pack(pick(seen.s >= FAR, above, color))
+    return shade.pack(pick(seen.s >= FAR, above, color))
 
 
 def _shade_wall(
     seen: Seen, z: Array, s: Array, light: Light
-) -> tuple[toy_shade.Surface, Array]:
+) -> tuple[shade.Surface, Array]:
     """Paint each sample's facade and say how much it faces the sun."""
     top, u, width, bits, face = (by_index(seen.wall, part) for part in seen.walls[1:])
     blank = face > 4
     face = jnp.where(blank, face - 8, face)
     along = jnp.where(jnp.abs(face) == 1, light.sun[0], light.sun[1])
     facing = jnp.maximum(-jnp.sign(face).astype(jnp.float32) * along, 0.0)
-    return toy_shade.facade(bits, u, z, width, top, blank, s, light), facing
+    return shade.facade(bits, u, z, width, top, blank, s, light), facing
 
 
 def _shade_things(
     rays: Rays, seen: Seen, point: tuple[Array, Array, Array], s: Array, light: Light,
-    surface: toy_shade.Surface, facing: Array,
-) -> tuple[toy_shade.Surface, Array, Array]:  # fmt: skip
+    surface: shade.Surface, facing: Array,
+) -> tuple[shade.Surface, Array, Array]:  # fmt: skip
     """Paint cars, people, trees and posts over walls and ground.
 
     Returns the surface, how much it faces the sun, and how much sky it sees.
@@ -147,18 +147,18 @@ def _shade_things(
     lx = jnp.where(runs_y, gy, gx) * way
     ly = jnp.where(runs_y, gx, gy) * way
     half, tall, _ = car_size(bits)
-    surface = _choose(is_car, toy_shade.car(bits, lx, ly, z, half, tall), surface)
+    surface = _choose(is_car, shade.car(bits, lx, ly, z, half, tall), surface)
     on_top = (jnp.abs(z - tall) < 0.02) | (jnp.abs(z - 0.92) < 0.015)
     beside = jnp.abs(ly) > 0.79
     across = jnp.where(beside == runs_y, sun[0], sun[1])
     outward = jnp.sign(jnp.where(beside, ly, lx)) * way
     car_sun = jnp.where(on_top, sun[2], jnp.maximum(across * outward, 0.0))
     crown = is_tree & (z > TRUNK_M)
-    surface = _choose(is_tree, toy_shade.tree(bits, x, y, z, crown, s), surface)
+    surface = _choose(is_tree, shade.tree(bits, x, y, z, crown, s), surface)
     radius, high, middle = tree_size(bits)
     ball = (gx * sun[0] + gy * sun[1]) / radius + (z - middle) / high * sun[2]
-    surface = _choose(is_post, toy_shade.post(way, bits, off, z), surface)
-    surface = _choose(is_person, toy_shade.person(bits, off, z), surface)
+    surface = _choose(is_post, shade.post(way, bits, off, z), surface)
+    surface = _choose(is_person, shade.person(bits, off, z), surface)
     facing = jnp.where(index < GROUND, 0.5, facing)
     facing = jnp.where(is_car, car_sun, facing)
     facing = jnp.where(crown, jnp.clip(0.45 + 0.55 * ball, 0.0, 1.0), facing)
@@ -171,7 +171,7 @@ def _skyline(
 ) -> tuple:
     """Close the ends of the streets with hazy towers, too far to have a depth."""
     bearing = jnp.floor(jnp.arctan2(rays.dy, rays.dx) * 45.0).astype(jnp.int32)
-    height = 0.02 + 0.06 * toy_world.fraction(toy_world.hashed(seed, 90, bearing), 8)
+    height = 0.02 + 0.06 * world.fraction(world.hashed(seed, 90, bearing), 8)
     tower = mix(light.horizon_rgb, light.zenith_rgb, np.float32(0.35))
     tower = mix(tower, light.horizon_rgb, 1.0 - jnp.exp(-400.0 * haze_per_m))
     return pick(
@@ -181,10 +181,8 @@ def _skyline(
     )
 
 
-def _choose(
-    mask: Array, new: toy_shade.Surface, old: toy_shade.Surface
-) -> toy_shade.Surface:
-    return toy_shade.Surface(
+def _choose(mask: Array, new: shade.Surface, old: shade.Surface) -> shade.Surface:
+    return shade.Surface(
         pick(mask, new.albedo, old.albedo),
         pick(mask, new.glow, old.glow),
         jnp.where(mask, new.mirror, old.mirror),
@@ -213,7 +211,7 @@ def _resolve(
     kept = [(v >= nearest / 1.05).astype(jnp.float32) for v in inverses]
     total = sum(v * keep for v, keep in zip(inverses, kept, strict=True))
     depth = jnp.where(nearest > 0.0, sum(kept) / jnp.maximum(total, 1e-9), jnp.inf)
-    colors = [toy_shade.unpack(v) for v in samples(packed)]
+    colors = [shade.unpack(v) for v in samples(packed)]
     mean = [sum(part) / len(colors) for part in zip(*colors, strict=True)]
     rgb = [
         jnp.sqrt(jnp.clip(c * tint[:, n, None, None], 0.0, 1.0)) * 255.0 + 0.5
@@ -242,7 +240,7 @@ def render_on_device(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Render one batch; `scene` has a leading axis B, `time_s` counts from its start.
 
-    Stages compiled one by one, see `toy_rays`: as one program they take twenty times as
+    Stages compiled one by one, see `rays`: as one program they take twenty times as
     long on CPUs. Do not wrap it in jax.jit.
     """
     rays = make_rays(lens, fov_deg, position, rotation)
@@ -252,7 +250,7 @@ def render_on_device(
     ways, wall = measure(rays, walls, near)
     s, index, under = choose_first(rays, near, ways)
     seen = Seen(s, index, wall, under, near, walls)
-    color = shade(grid, seed, scene, rays, time_s, seen)
+    color = paint(grid, seed, scene, rays, time_s, seen)
     return _resolve(lens, scene.tint_rgb, color, seen, rays.slope)
 
 
