@@ -20,7 +20,7 @@ from cityrag_jax.batch import (
 from cityrag_jax.model.clip_vision import CLIPVision
 from cityrag_jax.model.umt5 import UMT5Encoder
 from cityrag_jax.model.vae import WanVAE
-from cityrag_jax.parallel import axis_size, spread_rows
+from cityrag_jax.parallel import axis_size, spread_places, spread_rows
 
 CUBIC = -0.75  # the reference's kernel; Catmull-Rom would be -0.5
 CLIP_SIZE = 224
@@ -165,7 +165,13 @@ def encode_videos(
     if axis_size("sequence") == 1:
         return tuple(vae.encode(to_unit(video)) for video in videos)
     padded = map(pad, videos)
-    made = spread_rows(lambda rows: vae.encode(to_unit(rows)), *padded)
+
+    def encode(rows):
+        return vae.encode(to_unit(rows))
+
+    if len(videos) == 1:
+        return (spread_places(encode, *padded, vae.config.space_stride),)
+    made = spread_rows(encode, *padded)
     return tuple(
         latents[:, : latent_frames(video.shape[1])]
         for latents, video in zip(made, videos, strict=True)

@@ -31,7 +31,7 @@ from cityrag_jax.parallel import (
     layout,
     loading_dtype,
     make_mesh,
-    spread_rows,
+    spread_places,
 )
 from cityrag_jax.sampling import Sampler, draw_noise, read_sampler
 from cityrag_jax.training.origin import check_cities, check_model
@@ -52,7 +52,7 @@ def decode(
     vae: WanVAE, latents: Float[Array, "B t h w z"]
 ) -> tuple[UInt8[Array, "B T H W 3"], Bool[Array, " B"]]:
     """Decode latents to 8-bit frames, and say of which clips all numbers are finite."""
-    (video,) = spread_rows(vae.decode, latents)
+    video = spread_places(vae.decode, latents, 1)
     sound = jnp.isfinite(latents).all((1, 2, 3, 4))
     return to_pixels(video), sound & jnp.isfinite(video).all((1, 2, 3, 4))
 

@@ -322,6 +322,24 @@ def spread_rows(
     return tuple(made[:, i] for i in range(len(batches)))
 
 
+def spread_places(
+    function: Callable[[Array], Array], videos: Shaped[Array, "B T H W C"], stride: int
+) -> Array:
+    """Apply a function of videos, the devices that share a clip's tokens sharing it.
+
+    Where there are too few videos for all of them, each does some rows or columns of
+    the pictures, in whole multiples of `stride`; convolutions then exchange edges.
+    """
+    share, parts = axis_size("sequence"), math.prod(map(axis_size, batch_axes()))
+    here = len(videos) // parts if len(videos) % parts == 0 else len(videos)
+    fits = [i for i in (2, 3) if videos.shape[i] % (share * stride) == 0]
+    if share == 1 or here % share == 0 or not fits:
+        return spread_rows(function, videos)[0]
+    axes = ["tokens" if i == fits[0] else None for i in range(1, videos.ndim)]
+    made = function(shard(videos, "batch", *axes))
+    return shard(made, "batch", *(None,) * (made.ndim - 1))
+
+
 def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
     """Give a NamedSharding for every variable of a module or `nnx.State`.
 

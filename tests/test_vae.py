@@ -1,6 +1,7 @@
 """The autoencoder equals the official one, whole and streamed, in constant memory."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from cityrag_jax.checkpoint import (
 from cityrag_jax.convert import load_vae
 from cityrag_jax.model.vae import VAEConfig, WanVAE, _run_until_still
 from cityrag_jax.model.vae_layers import ChannelNorm
+from cityrag_jax.parallel import layout, make_mesh, spread_places
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = VAEConfig(base_dim=8)
@@ -309,3 +311,35 @@ def test_autoencoders_that_were_read_share_programs_whatever_their_latents(tmp_p
         texts = [program.lower(vae, x).as_text() for vae in (one, two)]
         assert texts[0] == texts[1]
     assert parameters(one).keys() == parameters(drawn).keys()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows, columns, axis", [(8, 6, 2), (6, 8, 3)])
+def test_devices_share_the_places_of_one_video_and_send_its_edges(rows, columns, axis):
+    """Rows, or columns where rows do not divide: 1e-5, for sums in another order.
+
+    Beside a row or column at a time, only the attention's keys and values of a frame,
+    at the smallest size, and the result are gathered.
+    """
+    small = dict(base_dim=8, num_res_blocks=1, dim_mult=(1, 2))
+    config = VAEConfig(**small, temporal_downsample=(True,))
+    vae = new_model(describe(WanVAE, config), 0)
+    x = jax.random.normal(jax.random.key(0), (1, 3, rows, columns, 16))
+    alone = jax.jit(lambda vae, x: vae.decode(x))(vae, x)
+    with layout(make_mesh(1, 2, 4)):
+        split = jax.jit(lambda vae, x: spread_places(vae.decode, x, 1))
+        compiled = split.lower(vae, x).compile()
+        given = jax.device_put((vae, x), compiled.input_shardings[0])
+        np.testing.assert_allclose(compiled(*given), alone, rtol=0, atol=1e-5)
+    sent = re.findall(
+        r"= f32\[([\d,]+)\]\S* (all-gather|collective-permute|all-reduce|all-to-all)\(",
+        compiled.as_text(),
+    )
+    shapes = {kind: [] for _, kind in sent}
+    for shape, kind in sent:
+        shapes[kind].append([int(n) for n in shape.split(",")])
+    assert shapes.keys() == {"collective-permute", "all-gather"}
+    edges = shapes["collective-permute"]  # frames are rows of a batch to convolutions
+    assert all(shape[axis - 1] == 1 for shape in edges)
+    largest = max(alone.size, rows * columns * 16)
+    assert all(np.prod(shape) <= largest for shape in shapes["all-gather"])
