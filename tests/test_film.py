@@ -101,6 +101,7 @@ def build(*words):
     tool.main(tool.COMMAND.parse([*map(str, words)]))
 
 
+@pytest.mark.long
 def test_a_video_and_its_track_become_a_city(recorded, tmp_path, capsys):
     """Its clock is found by speed; frames come by metres, and each in its place."""
     out = tmp_path / "city"

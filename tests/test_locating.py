@@ -50,6 +50,7 @@ def locate(*words):
     tool.main(tool.COMMAND.parse([*map(str, words)]))
 
 
+@pytest.mark.long
 def test_a_photo_beside_the_street_is_turned_to_its_heading(city, tmp_path, capsys):
     """The street goes north-east; the photo looks 40 degrees left of it."""
     built, panorama = city
@@ -68,6 +69,7 @@ def test_a_photo_beside_the_street_is_turned_to_its_heading(city, tmp_path, caps
     assert cv2.imread(str(tmp_path / "match.jpg")).std() > 10
 
 
+@pytest.mark.long
 def test_a_photo_of_somewhere_else_has_no_heading(city, tmp_path, capsys):
     built, _ = city
     other = np.random.default_rng(3).integers(0, 255, (40, 60, 3)).astype(np.uint8)

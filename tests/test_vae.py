@@ -1,5 +1,6 @@
 """The autoencoder equals the official one, whole and streamed, in constant memory."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -12,6 +13,15 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import save_file
 
+from cityrag_jax.checkpoint import (
+    Bundle,
+    computing_in,
+    describe,
+    load_bundle,
+    new_model,
+    parameters,
+    save_bundle,
+)
 from cityrag_jax.convert import load_vae
 from cityrag_jax.model.vae import VAEConfig, WanVAE, _run_until_still
 from cityrag_jax.model.vae_layers import ChannelNorm
@@ -274,3 +284,28 @@ def test_sides_that_do_not_divide_are_refused(vae):
 def test_config_with_wrong_statistics_is_refused():
     with pytest.raises(ValueError, match="z_dim 4"):
         VAEConfig(z_dim=4)
+
+
+def test_autoencoders_that_were_read_share_programs_whatever_their_latents(tmp_path):
+    """What was measured is an argument: a constant is compiled anew for each."""
+
+    small = dict(base_dim=2, z_dim=16, dim_mult=(1,), temporal_downsample=())
+    small = VAEConfig(**small, num_res_blocks=1)
+    drawn = new_model(describe(WanVAE, small), 0)
+
+    def read(scale):
+        measured = dict(latent_mean=(0.3 * scale,) * 16, latent_std=(scale,) * 16)
+        told = {"vae": describe(WanVAE, dataclasses.replace(small, **measured))}
+        save_bundle(tmp_path / f"{scale}", Bundle({"vae": drawn}, told))
+        opened = load_bundle(tmp_path / f"{scale}")
+        return computing_in(opened, "vae", "float32").modules["vae"]
+
+    x = jnp.linspace(-2, 2, 32).reshape(1, 1, 1, 2, 16)
+    there = jax.jit(lambda vae, x: vae.normalise(x))
+    back = jax.jit(lambda vae, x: vae.denormalise(x))
+    one, two = map(read, (1.0, 3.0))
+    np.testing.assert_allclose(there(two, x), (x - 0.9) / 3, rtol=1e-6, atol=1e-7)
+    for program in (there, back):
+        texts = [program.lower(vae, x).as_text() for vae in (one, two)]
+        assert texts[0] == texts[1]
+    assert parameters(one).keys() == parameters(drawn).keys()

@@ -43,6 +43,7 @@ from cityrag_jax.checkpoint.descriptions import (
     stacked_parameters,
     with_adapters,
     with_parameters,
+    with_statistics,
 )
 from cityrag_jax.checkpoint.digests import TRUST, Damaged, trust, trusted
 from cityrag_jax.checkpoint.quantise import held_in_int8, hold
@@ -88,4 +89,5 @@ __all__ = [
     "verify_bundle",
     "with_adapters",
     "with_parameters",
+    "with_statistics",
 ]

@@ -32,6 +32,7 @@ from cityrag_jax.checkpoint.descriptions import (
     parameters,
     stacked_parameters,
     with_parameters,
+    with_statistics,
 )
 from cityrag_jax.checkpoint.digests import (
     check_digests,
@@ -127,7 +128,12 @@ def computing_in(bundle: Bundle, name: str, dtype: str) -> Bundle:
     told = told | {"config": told["config"] | {"dtype": dtype}}
 
     def read():
-        return with_parameters(abstract_model(told), parameters(bundle.modules[name]))
+        given = bundle.modules[name]
+        made = with_parameters(abstract_model(told), parameters(given))
+        held = getattr(given, "statistics", None)
+        if held is not None:
+            made.statistics = held
+        return made
 
     return dataclasses.replace(
         bundle,
@@ -294,7 +300,8 @@ def _read_module(folder, description, *, dtype, mesh, verify, int8):
     wanted = abstract_parameters(model, parameter_shardings(model, mesh))
     stacked = stacked_parameters(model)
     wanted = held_in_int8(wanted, stacked, within(folder.name, int8))
-    return with_parameters(model, read_arrays(folder, wanted, stacked, verify=verify))
+    values = read_arrays(folder, wanted, stacked, verify=verify)
+    return with_statistics(with_parameters(model, values), mesh)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

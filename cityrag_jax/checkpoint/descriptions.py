@@ -14,7 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import (
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from jax.typing import DTypeLike
 
 from cityrag_jax.int8 import Int8Kernel, scale_of
@@ -48,7 +54,6 @@ def parameters(model: nnx.Module) -> Arrays:
 def with_parameters(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
     """Give a module like `model`, which may be abstract, with these parameters."""
     structure, state, rest = nnx.split(model, nnx.Param, ...)
-    assert not jax.tree.leaves(rest), "every array of a model is an nnx.Param"
 
     def value(name: str) -> Any:
         scale = values.get(scale_of(name))
@@ -58,6 +63,21 @@ def with_parameters(model: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
         (path, v.replace(value(_name(path)))) for path, v in nnx.to_flat_state(state)
     ]
     return nnx.merge(structure, nnx.from_flat_state(flat), rest)
+
+
+def with_statistics(
+    model: nnx.Module, mesh: Mesh | None, *, abstract: bool = False
+) -> nnx.Module:
+    """Give the module itself; what it knows by measurement it holds as arrays now.
+
+    Whole on every device of the mesh, or on the first device.
+    """
+    if hasattr(model, "hold_statistics"):
+        place = _first_device()
+        if mesh is not None:
+            place = NamedSharding(mesh, PartitionSpec())
+        model.hold_statistics(place, abstract=abstract)
+    return model
 
 
 def stacked_parameters(model: nnx.Module) -> frozenset[str]:
@@ -72,10 +92,13 @@ def stacked_parameters(model: nnx.Module) -> frozenset[str]:
 def parameter_shardings(model: nnx.Module, mesh: Mesh | None) -> dict[str, Sharding]:
     """Give the sharding of every parameter; without a mesh, the first device."""
     if mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return dict.fromkeys(_variables(model), here)
+        return dict.fromkeys(_variables(model), _first_device())
     state = param_shardings(nnx.state(model, nnx.Param), mesh)
     return {_name(path): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def _first_device() -> Sharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:

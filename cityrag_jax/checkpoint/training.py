@@ -42,6 +42,7 @@ from cityrag_jax.checkpoint.descriptions import (
     parameter_shardings,
     stacked_parameters,
     with_parameters,
+    with_statistics,
 )
 from cityrag_jax.checkpoint.digests import (
     check_digests,
@@ -282,7 +283,8 @@ class TrainingCheckpoints:
                 values = read_arrays(frozen, held(others), stacked, verify=True)
             with TrainingCheckpoints(self.folder) as checkpoints:
                 groups, _ = checkpoints.restore({group: wanted}, stacked, step)
-            return with_parameters(model, values | hold(groups[group], held(wanted)))
+            values |= hold(groups[group], held(wanted))
+            return with_statistics(with_parameters(model, values), mesh)
 
         return dataclasses.replace(
             base,

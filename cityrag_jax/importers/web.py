@@ -118,7 +118,9 @@ class Client:
                 raise
             # requests and urllib3 raise many kinds; JSON and short bodies ValueError.
             except (requests.RequestException, ValueError) as error:
-                why = f"{type(error).__name__}: {error}".replace(url, _plain(url))
+                # The last cause alone: before it stand addresses with their queries.
+                cause = str(error).rsplit(": ", 1)[-1].strip("'\")> ")
+                why = f"{type(error).__name__}: {cause}"
             if wait_s > LONGEST_S:
                 raise Unreachable(
                     f"{host} asks to be left alone for {wait_s / 60:.0f} minutes; give "
@@ -126,7 +128,10 @@ class Client:
                 )
             if number + 1 < self._tries:
                 self._pause(host, wait_s)
-        raise Unreachable(f"{_plain(url)}: no answer in {self._tries} tries ({why}).")
+        raise Unreachable(
+            f"{_plain(url)}: no answer in {self._tries} tries ({why}). Look at the "
+            "network, and give the same command again: it goes on where it stopped."
+        )
 
     @contextlib.contextmanager
     def _ask(self, url: str, headers, query) -> Iterator[requests.Response]:

@@ -16,8 +16,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
@@ -91,8 +93,15 @@ class VAEConfig:
         return self.patch * 2 ** len(self.temporal_downsample)
 
 
+class Statistics(nnx.Variable):
+    """Mean and deviation of latents as an array, which is no weight."""
+
+
 class WanVAE(nnx.Module):
-    """Encode video to normalised latents and back."""
+    """Encode video to normalised latents and back.
+
+    `statistics` are those of the config, None until `hold_statistics`.
+    """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -100,6 +109,20 @@ class WanVAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
         self.quant_conv = Conv(2 * config.z_dim, 2 * config.z_dim, config, rngs=rngs)
         self.post_quant_conv = Conv(config.z_dim, config.z_dim, config, rngs=rngs)
+        self.statistics: Statistics | None = nnx.data(None)
+
+    def hold_statistics(self, place: Sharding, *, abstract: bool = False) -> None:
+        """Hold the latents' statistics as an array, an argument of programs.
+
+        As constants they would give each autoencoder programs of its own, that are
+        compiled anew: a minute on a GPU.
+        """
+        rows = np.array([self.config.latent_mean, self.config.latent_std], np.float32)
+        if abstract:
+            held = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=place)
+        else:
+            held = jax.device_put(rows, place)
+        self.statistics = Statistics(held)
 
     def encode(self, video: Float[Array, "B T H W 3"]) -> Float32[Array, "B t h w z"]:
         """Encode video in [-1, 1] to the normalised mean, streamed in time.
@@ -193,8 +216,11 @@ class WanVAE(nnx.Module):
         return latents.astype(jnp.float32) * std + mean
 
     def _latent_statistics(self):
-        statistics = self.config.latent_mean, self.config.latent_std
-        return [jnp.asarray(s, jnp.float32)[None, None, None, None] for s in statistics]
+        if self.statistics is None:
+            rows = self.config.latent_mean, self.config.latent_std
+        else:
+            rows = self.statistics.get_value()
+        return [jnp.asarray(row, jnp.float32)[None, None, None, None] for row in rows]
 
     def _count_groups(self, T, H, W):
         """Count the groups of frames after the first frame, refusing odd sizes."""

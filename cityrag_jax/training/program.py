@@ -41,6 +41,7 @@ from cityrag_jax.checkpoint import (
     read_config,
     stacked_parameters,
     with_parameters,
+    with_statistics,
 )
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
 from cityrag_jax.model.vae import VAEConfig, WanVAE
@@ -230,7 +231,9 @@ def _abstract_encoders(
     for name, description in task.encoders.items():
         model = abstract_model(description, dtype)
         values = abstract_parameters(model, parameter_shardings(model, mesh))
-        encoders[name] = with_parameters(model, values)
+        encoders[name] = with_statistics(
+            with_parameters(model, values), mesh, abstract=True
+        )
     if task.text is not None:
         encoders["text"] = _abstract(task.text, _sharding(mesh))
     return encoders
