@@ -132,9 +132,9 @@ class Recording:
         if sidecar.exists():
             self._compare(report.read_facts(sidecar).get("job", {}))
             self._clean()
-        elif job.exists():
+        elif job.exists() and self._clip(0).exists():  # else there is nothing to lose
             self._compare(report.read_facts(job))
-        elif (self.out / VIDEO).exists():
+        elif (self.out / VIDEO).exists() and not job.exists():
             raise ValueError(
                 f"{self.out} holds a {VIDEO}, but no {SIDECAR} that says what it is; "
                 "choose another --out, or delete that folder."

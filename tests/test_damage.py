@@ -225,6 +225,13 @@ def test_a_missing_digest_is_damage(tmp_path):
         read_model(tmp_path)
 
 
+def test_a_part_that_is_gone_is_named_instead_of_all_its_arrays(tmp_path):
+    make_model(tmp_path)
+    shutil.rmtree(tmp_path / "model" / "vae" / "rest")
+    with pytest.raises(ValueError, match="vae/rest is missing, which .*digests.json"):
+        read_model(tmp_path)
+
+
 def test_trusted_disks_are_read_as_they_are(tmp_path):
     make_model(tmp_path)
     whole = bits_of(read_model(tmp_path))

@@ -172,6 +172,13 @@ def test_a_folder_with_another_video_is_refused(job, whole, tmp_path, finished):
     assert before == after
 
 
+def test_a_folder_without_a_clip_takes_the_corrected_command(job, tmp_path):
+    """The one before ended at its weights, say, and left what it was to be made of."""
+    (tmp_path / "job.json").write_text('{"weights": "damaged"}')
+    record(tmp_path, job, Painter(), 1)
+    assert "damaged" not in (tmp_path / "job.json").read_text()
+
+
 def test_a_video_of_unknown_origin_is_left_alone(job, tmp_path):
     (tmp_path / "video.mp4").write_text("somebody's")
     with pytest.raises(ValueError, match="holds a video.mp4, but no generate.json"):

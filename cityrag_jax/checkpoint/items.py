@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from cityrag_jax.checkpoint import memory
 from cityrag_jax.checkpoint.descriptions import Arrays
 from cityrag_jax.checkpoint.digests import (
+    Damaged,
     broken_arrays,
     compare_names,
     digest_arrays,
@@ -110,9 +111,15 @@ def read_arrays(
     verify = not trusted() if verify is None else verify
     plan = plan_items(wanted, stacked)
     stored = {item.name: item_arrays(item) for item in _item_folders(folder)}
+    digests = read_json(folder / DIGESTS) if verify else {}
+    lost = [str(folder / item) for item in digests if item not in stored]
+    if lost:
+        raise Damaged(
+            f"{', '.join(lost[:3])}{', ...' * (len(lost) > 3)} is missing, which "
+            f"{folder / DIGESTS} lists; take another copy."
+        )
     on_disk = {item: with_scales(plan[item], stored.get(item, {})) for item in plan}
     compare_names(_by_layer(on_disk), _by_layer(stored), folder)
-    digests = read_json(folder / DIGESTS) if verify else {}
     stacks = _zeros({n: x for n, x in wanted.items() if is_stacked(n, stacked)})
     result, broken = {}, []
     for item, shapes in plan.items():
