@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilation import SAME_BITS
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cityrag_jax.training.optimizer as optimizer_module
@@ -210,7 +212,7 @@ def test_matrices_one_at_a_time_and_momentum_in_half_make_the_same_update(
     def run(**changes):
         config = OptimizerConfig(learning_rate=1.0, clip_norm=0.0, **changes)
         optimizer = make_optimizer(config, {name: "muon"}, 10)
-        update = jax.jit(optimizer.update)
+        update = jax.jit(optimizer.update, compiler_options=SAME_BITS)
         state, found = optimizer.init(params), []
         for gradient in gradients:
             updates, state = update(gradient, state, params)
@@ -231,6 +233,7 @@ def test_matrices_one_at_a_time_and_momentum_in_half_make_the_same_update(
 
 def test_update_split_over_layers_equals_one_device(rng):
     """Stacks of 3 (padded to 8) and of 8 layers (momentum itself is split)."""
+    jit = partial(jax.jit, compiler_options=SAME_BITS)
     params = _toy_params(rng)
     gradients = {
         n: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for n, x in params.items()
@@ -239,7 +242,7 @@ def test_update_split_over_layers_equals_one_device(rng):
     params, gradients = (split_frozen(x, labels)[0] for x in (params, gradients))
     config = dataclasses.replace(OptimizerConfig(), learning_rate=0.1)
     plain = make_optimizer(config, labels, 10)
-    expected, _ = jax.jit(plain.update)(gradients, plain.init(params), params)
+    expected, _ = jit(plain.update)(gradients, plain.init(params), params)
 
     mesh = make_mesh(2, 2, 2)
     shardings = {
@@ -249,7 +252,7 @@ def test_update_split_over_layers_equals_one_device(rng):
     split = make_optimizer(config, labels, 10, shardings)
     state_shardings = optimizer_shardings(split, params, shardings, mesh)
     state = jax.jit(split.init, out_shardings=state_shardings)(params)
-    update = jax.jit(split.update, out_shardings=(shardings, state_shardings))
+    update = jit(split.update, out_shardings=(shardings, state_shardings))
     actual, state = update(
         jax.device_put(gradients, shardings), state, jax.device_put(params, shardings)
     )
