@@ -48,7 +48,7 @@ print(int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 
 """
 
 COMMAND = Command(__doc__)
-COMMAND.takes("--pictures", type=Path, required=True, help="folder of panoramas")
+COMMAND.needs("--pictures", type=Path, help="folder of panoramas")
 COMMAND.takes("--height", type=int, default=2048, help="of the city's panoramas")
 COMMAND.takes("--crops", type=int, default=400, help="to time")
 COMMAND.takes("--quality", type=int, default=90, help="of the JPEGs")
