@@ -28,6 +28,8 @@ text and image too (*assumed*). Batch and warm-up are *assumed*.
 
 from ml_collections import ConfigDict
 
+from cityrag_jax.commands.config_defaults import cityrag_defaults
+
 
 def get_config(variant: str | None = None) -> ConfigDict:
     """Give the config for a machine, by default for 64 devices of 80 GB or more."""
@@ -36,128 +38,63 @@ def get_config(variant: str | None = None) -> ConfigDict:
             f"configs/cityrag_14b.py has no variant {variant!r}; choose of "
             f"{', '.join(VARIANTS)}, or none."
         )
-    config = ConfigDict()
-    config.task = "CityRAG"
-    config.seed = 0
-
-    config.data = ConfigDict()
-    config.data.city = ""  # folders, separated by commas
-    config.data.num_frames = 73
-    config.data.height = 480
-    config.data.width = 832
-    config.data.fov_deg = 65.0
-    config.data.condition_frames = (61, 81)
-    config.data.yaw_rate_deg = (0.0, 2.0)
-    config.data.threads = 16
-    config.data.workers = 4
-
-    config.model = ConfigDict()
-    config.model.preset = "i2v_14b"
-    config.model.transformer = ConfigDict(
-        dict(
-            dtype="bfloat16",
-            remat=True,
-            keep=("self_attention", "geo_attention"),  # 24.3 GB a clip
-            offload=(),  # to the host; "block_input" would be another 24.3 GB
-        )
-    )
-    config.model.pose = ConfigDict(dict(hidden=512))
-    config.model.geo = ConfigDict(
-        dict(
-            latent_channels=16,
-            same_place_bias=0.0,
-            # Or "copy", "scaled_copy". Muon at 1e-5 adds 2e-6 to an RMS an update: from
-            # zero to 0.014, the size of the base's, takes 7,000 of 20,000 all one way.
-            output="zero",
-        )
-    )
-    # LoRA: patterns such as "blocks.self_attention.*"; freeze their base beside it.
-    config.model.adapters = ConfigDict(dict(linears=(), rank=32, alpha=32.0))
-    config.model.vae = ""  # a folder; empty: that of train.init_from
-    config.model.vae_dtype = ""  # of its arithmetic; empty: as stored, Wan's bfloat16
-    config.model.text = "from_checkpoint"
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-5
-    config.optimizer.adam_learning_rate = 1e-5
-    config.optimizer.warmup_steps = 500
-    config.optimizer.decay_fraction = 0.0
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.optimizer.frozen = (
-        "blocks.cross_attention.*",
-        "text_embedding.*",
-        "image_embedding.*",
-    )
-    config.optimizer.newton_schulz_dtype = "bfloat16"
-    config.optimizer.momentum_dtype = "float32"
-
-    config.train = ConfigDict()
-    config.train.steps = 20_000
-    config.train.batch_size = 32
-    config.train.micro_batches = 1  # parts of a batch whose gradients are added up
-    config.train.pool = 0
-    config.train.pool_start = 0
-    config.train.fresh = 0
-    config.train.encode_batch = 1
-    config.train.latents = ""  # a folder of tools/encode_latents.py instead
-    config.train.unroll_blocks = 1
-    config.train.stream_dtype = "float32"
-    config.train.frozen_dtype = ""  # as it computes; "int8" is half of bfloat16
-    config.train.updates_per_call = 1
-    config.train.shift = 3.0
-    config.train.drop_probability = 0.1
-    config.train.mismatch_probability = 0.0
-    config.train.ema_decay = 0.0
-    config.train.patience = 3
-    config.train.spike = 4.0  # medians: a loss above is logged with its clips
-    config.train.stuck_s = 1800.0  # without progress, then the job ends
-    config.train.grace_s = 0.0  # between SIGTERM and SIGKILL, if known
-    config.train.max_seconds = 0.0
-    config.train.init_from = ""
-    config.train.init_fitting = False  # take of it what has the same shape
-    config.train.overfit = 0  # on so many clips alone, held out too
-    config.train.mesh = ConfigDict(dict(data=1, fsdp=-1, sequence=8))
-    config.train.rules = ConfigDict(dict(embed=("fsdp", "sequence"), heads=(), mlp=()))
-    config.train.log_interval = 10
-    config.train.checkpoint_interval = 500
-    config.train.checkpoint_minutes = 30.0  # or so often; 0: by steps alone
-    config.train.keep = 3
-    config.train.keep_every = 0  # steps of which one checkpoint stays for good
-    config.train.save_dtype = "bfloat16"
-    config.train.tensorboard = True
-
-    config.eval = ConfigDict()
-    config.eval.interval = 500
-    config.eval.clips = 32
-    config.eval.min_rotation_deg = 0.0
-    config.eval.videos = 1  # sampled where tensorboard is on: 20 forwards
-    config.eval.video_steps = 10
-    config.eval.seed = 0
-    config.eval.noise_levels = ()
-    config.eval.draws = 1
-    config.eval.table_clips = 64
-    config.eval.batch_size = 2  # another place needs a second clip
-
-    config.sample = ConfigDict()
-    config.sample.num_steps = 40
-    config.sample.shift = 3.0
-    config.sample.guidance = "joint"
-    config.sample.scales = (5.0,)  # assumed
-    config.sample.guided = (0.0, 1.0)  # from this share of the steps to that
-    config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
-    config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
-    config.sample.keep_keys = False  # 26.8 GB for 3 % of the time
-    config.sample.weights_dtype = ""  # as they compute; "int8": half, for time
-    config.sample.preset = "final"  # every step; standard, draft, teacache: less
-    config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
-    config.sample.teacache = ("i2v_14b_480p", False, 0.26)  # preset teacache
-    config.sample.spacing_m = 0.5  # between frames of a drawn path
-    config.sample.radius_m = 15.0  # how far the first retrieved capture may be
-    config.sample.fps = 10.0  # assumed: captures come at about 10 a second (3.1)
+    config = _paper()
     if variant is not None:
         VARIANTS[variant](config)
     return config.lock()
+
+
+def _paper() -> ConfigDict:
+    config = cityrag_defaults()
+    config.data.update(
+        num_frames=73,
+        height=480,
+        width=832,
+        condition_frames=(61, 81),
+        yaw_rate_deg=(0.0, 2.0),
+        workers=4,
+    )
+    transformer = dict(
+        dtype="bfloat16",
+        remat=True,
+        keep=("self_attention", "geo_attention"),  # 24.3 GB a clip
+        offload=(),  # to the host; "block_input" would be another 24.3 GB
+    )
+    config.model.update(
+        preset="i2v_14b",
+        transformer=transformer,
+        pose=dict(hidden=512),
+        # `output` or "copy", "scaled_copy". Muon at 1e-5 adds 2e-6 to an RMS an update:
+        # from zero to 0.014, the base's size, takes 7,000 of 20,000 all one way.
+        geo=dict(latent_channels=16, same_place_bias=0.0, output="zero"),
+        text="from_checkpoint",
+    )
+    config.optimizer.update(
+        learning_rate=1e-5,
+        adam_learning_rate=1e-5,
+        warmup_steps=500,
+        frozen=(
+            "blocks.cross_attention.*",
+            "text_embedding.*",
+            "image_embedding.*",
+        ),
+    )
+    config.train.update(
+        steps=20_000,
+        batch_size=32,
+        mesh=dict(fsdp=-1, sequence=8),
+        rules=dict(embed=("fsdp", "sequence")),
+        log_interval=10,
+        checkpoint_interval=500,
+        checkpoint_minutes=30.0,
+        keep=3,
+        tensorboard=True,
+    )
+    # `batch_size`: another place needs a second clip. A video takes 20 forwards.
+    config.eval.update(interval=500, clips=32, batch_size=2, videos=1)
+    # `scales` are assumed. Keys of all conditions are 26.8 GB, for 3 % of the time.
+    config.sample.update(num_steps=40, guidance="joint", scales=(5.0,), spacing_m=0.5)
+    return config
 
 
 def _machine(fsdp: int, sequence: int, micro_batches: int):

@@ -15,6 +15,8 @@ on. Clips of 33 frames at 96x160.
 
 from ml_collections import ConfigDict
 
+from cityrag_jax.commands.config_defaults import cityrag_defaults
+
 
 def get_config(variant: str | None = None) -> ConfigDict:
     """Give the config of a variant: gpu (default), demo or test."""
@@ -29,120 +31,63 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
 
 def _gpu() -> ConfigDict:
-    config = ConfigDict()
-    config.task = "CityRAG"
-    config.seed = 0
-
-    config.data = ConfigDict()
-    config.data.city = ""  # folders, separated by commas
-    config.data.num_frames = 33
-    config.data.height = 96
-    config.data.width = 160
-    config.data.fov_deg = 65.0
-    config.data.condition_frames = (29, 37)
-    config.data.yaw_rate_deg = (0.0, 4.0)
-    config.data.threads = 16
-    config.data.workers = 0
-
-    config.model = ConfigDict()
-    config.model.preset = ""
-    config.model.transformer = ConfigDict(
-        dict(
-            dim=384,
-            num_heads=6,
-            num_layers=7,
-            ffn_dim=768,
-            in_channels=36,
-            out_channels=16,
-            freq_dim=128,
-            text_dim=32,
-            text_len=1,
-            dtype="bfloat16",
-            remat=False,
-        )
+    config = cityrag_defaults()
+    config.data.update(
+        num_frames=33,
+        height=96,
+        width=160,
+        condition_frames=(29, 37),
+        yaw_rate_deg=(0.0, 4.0),
     )
-    config.model.pose = ConfigDict(dict(hidden=128))
-    config.model.geo = ConfigDict(dict(latent_channels=16, same_place_bias=1.0))
-    # LoRA: patterns such as "blocks.self_attention.*"; freeze their base beside it.
-    config.model.adapters = ConfigDict(dict(linears=(), rank=32, alpha=32.0))
-    config.model.vae = ""  # a folder; empty: that of train.init_from
-    config.model.vae_dtype = ""  # of its arithmetic; empty: as stored
-    config.model.text = "constant"
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.adam_learning_rate = 1e-3
-    config.optimizer.warmup_steps = 250
-    config.optimizer.decay_fraction = 0.6
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.optimizer.frozen = ()
-    config.optimizer.newton_schulz_dtype = "bfloat16"
-    config.optimizer.momentum_dtype = "float32"
-
-    config.train = ConfigDict()
-    config.train.steps = 10_200
-    config.train.batch_size = 128
-    config.train.micro_batches = 1  # parts of a batch whose gradients are added up
-    config.train.pool = 32_768
-    config.train.pool_start = 4096
-    config.train.fresh = 128  # clips that join the pool after a call, the oldest leave
-    config.train.encode_batch = 32
-    config.train.latents = ""  # a folder of tools/encode_latents.py instead
-    config.train.unroll_blocks = 7
-    config.train.stream_dtype = "float32"
-    config.train.frozen_dtype = ""  # as it computes; "int8" is half of bfloat16
-    config.train.updates_per_call = 50
-    config.train.shift = 3.0
-    config.train.drop_probability = 0.1
-    config.train.mismatch_probability = 0.04
-    config.train.ema_decay = 0.998
-    config.train.patience = 3
-    config.train.spike = 4.0  # medians: a loss above is logged with its clips
-    config.train.stuck_s = 1800.0  # without progress, then the job ends
-    config.train.grace_s = 0.0  # between SIGTERM and SIGKILL, if known
-    config.train.max_seconds = 0.0
-    config.train.init_from = ""
-    config.train.init_fitting = False  # take of it what has the same shape
-    config.train.overfit = 0  # on so many clips alone, held out too
-    config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
-    config.train.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
-    config.train.log_interval = 500
-    config.train.checkpoint_interval = 5000
-    config.train.checkpoint_minutes = 0.0  # or so often; 0: by steps alone
-    config.train.keep = 2
-    config.train.keep_every = 0  # steps of which one checkpoint stays for good
-    config.train.save_dtype = "bfloat16"
-    config.train.tensorboard = False
-
-    config.eval = ConfigDict()
-    config.eval.interval = 1000
-    config.eval.clips = 64
-    config.eval.min_rotation_deg = 0.0
-    config.eval.videos = 0
-    config.eval.video_steps = 10
-    config.eval.seed = 0
-    config.eval.noise_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
-    config.eval.draws = 4
-    config.eval.table_clips = 64
-    config.eval.batch_size = 32
-
-    config.sample = ConfigDict()
-    config.sample.num_steps = 20
-    config.sample.shift = 3.0
-    config.sample.guidance = "none"  # scale 1 was best for PSNR
-    config.sample.scales = ()
-    config.sample.guided = (0.0, 1.0)  # from this share of the steps to that
-    config.sample.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
-    config.sample.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
-    config.sample.keep_keys = True
-    config.sample.weights_dtype = ""  # as they compute; "int8": half, for time
-    config.sample.preset = "final"  # every step; standard, draft, teacache: less
-    config.sample.ratios = ()  # by tools/calibrate_cache.py; empty: Wan 2.1's
-    config.sample.teacache = ("i2v_14b_480p", False, 0.26)  # preset teacache
-    config.sample.spacing_m = 0.375  # between frames of a drawn path
-    config.sample.radius_m = 15.0  # how far the first retrieved capture may be
-    config.sample.fps = 10.0
+    transformer = dict(
+        dim=384,
+        num_heads=6,
+        num_layers=7,
+        ffn_dim=768,
+        in_channels=36,
+        out_channels=16,
+        freq_dim=128,
+        text_dim=32,
+        text_len=1,
+        dtype="bfloat16",
+        remat=False,
+    )
+    config.model.update(
+        preset="",
+        transformer=transformer,
+        pose=dict(hidden=128),
+        geo=dict(latent_channels=16, same_place_bias=1.0),
+        text="constant",
+    )
+    config.optimizer.update(
+        learning_rate=2e-3,
+        adam_learning_rate=1e-3,
+        warmup_steps=250,
+        decay_fraction=0.6,
+    )
+    config.train.update(
+        steps=10_200,
+        batch_size=128,
+        pool=32_768,
+        pool_start=4096,
+        fresh=128,
+        encode_batch=32,
+        unroll_blocks=7,
+        updates_per_call=50,
+        mismatch_probability=0.04,
+        ema_decay=0.998,
+        log_interval=500,
+        checkpoint_interval=5000,
+    )
+    config.eval.update(
+        interval=1000,
+        clips=64,
+        noise_levels=(0.1, 0.3, 0.5, 0.7, 0.9),
+        draws=4,
+        batch_size=32,
+    )
+    # Guidance: scale 1, that is none, was best for PSNR.
+    config.sample.update(num_steps=20, keep_keys=True, spacing_m=0.375)
     return config
 
 

@@ -21,6 +21,8 @@ deviation of the latents are measured and stored with the model.
 
 from ml_collections import ConfigDict
 
+from cityrag_jax.commands.config_defaults import trainer_defaults
+
 
 def get_config(variant: str | None = None) -> ConfigDict:
     """Give the config of a variant: gpu (default), demo or test."""
@@ -33,85 +35,50 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
 
 def _gpu() -> ConfigDict:
-    config = ConfigDict()
+    config = trainer_defaults()
     config.task = "VAEReconstruction"
-    config.seed = 0
-
-    config.data = ConfigDict()
-    config.data.city = ""  # folders, separated by commas
-    config.data.num_frames = 33
-    config.data.height = 96
-    config.data.width = 160
-    config.data.fov_deg = 65.0
-    config.data.condition_frames = (29, 37)
-    config.data.yaw_rate_deg = (0.0, 4.0)
-    config.data.threads = 16
-    config.data.workers = 0
-
-    config.model = ConfigDict()
-    config.model.autoencoder = ConfigDict(
-        dict(
-            base_dim=16,
-            z_dim=16,
-            dim_mult=(1, 2, 4, 4),
-            num_res_blocks=2,
-            temporal_downsample=(False, True, True),
-            patch=1,
-            dtype="bfloat16",
-        )
+    config.data.update(
+        num_frames=33,
+        height=96,
+        width=160,
+        condition_frames=(29, 37),
+        yaw_rate_deg=(0.0, 4.0),
     )
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.adam_learning_rate = 2e-3
-    config.optimizer.warmup_steps = 100
-    config.optimizer.decay_fraction = 0.6
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
-    config.optimizer.frozen = ()
-    config.optimizer.newton_schulz_dtype = "float32"
-    config.optimizer.momentum_dtype = "float32"
-
-    config.train = ConfigDict()
-    config.train.steps = 5000
-    config.train.batch_size = 8
-    config.train.micro_batches = 1  # parts of a batch whose gradients are added up
-    config.train.pool = 4096
-    config.train.pool_start = 1024
-    config.train.fresh = 32  # clips that join the pool after a call, the oldest leave
-    config.train.encode_batch = 32
-    config.train.latents = ""  # a folder of tools/encode_latents.py instead
-    config.train.updates_per_call = 25
-    # Whole clips: trained on 9 frames it gave 32 dB on those and 14 dB behind them.
-    config.train.window_frames = 33
-    config.train.kl_weight = 4e-4
-    config.train.latent_noise = 0.0
-    config.train.texture_weight = 0.0
-    config.train.ema_decay = 0.998
-    config.train.patience = 3
-    config.train.spike = 4.0  # medians: a loss above is logged with its clips
-    config.train.stuck_s = 1800.0  # without progress, then the job ends
-    config.train.grace_s = 0.0  # between SIGTERM and SIGKILL, if known
-    config.train.max_seconds = 0.0
-    config.train.init_from = ""
-    config.train.init_fitting = False  # take of it what has the same shape
-    config.train.overfit = 0  # on so many clips alone, held out too
-    config.train.mesh = ConfigDict(dict(data=1, fsdp=1, sequence=1))
-    config.train.rules = ConfigDict(dict(embed=("fsdp",), heads=(), mlp=()))
-    config.train.log_interval = 50
-    config.train.checkpoint_interval = 2000
-    config.train.checkpoint_minutes = 0.0  # or so often; 0: by steps alone
-    config.train.keep = 2
-    config.train.keep_every = 0  # steps of which one checkpoint stays for good
-    config.train.frozen_dtype = ""
-    config.train.save_dtype = "bfloat16"
-    config.train.tensorboard = False
-
-    config.eval = ConfigDict()
-    config.eval.interval = 500
-    config.eval.clips = 64
-    config.eval.min_rotation_deg = 0.0
-    config.eval.seed = 0
+    autoencoder = dict(
+        base_dim=16,
+        z_dim=16,
+        dim_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        temporal_downsample=(False, True, True),
+        patch=1,
+        dtype="bfloat16",
+    )
+    config.model = ConfigDict(dict(autoencoder=autoencoder))
+    config.optimizer.update(
+        learning_rate=2e-3,
+        adam_learning_rate=2e-3,
+        warmup_steps=100,
+        decay_fraction=0.6,
+        newton_schulz_dtype="float32",
+    )
+    config.train.update(
+        steps=5000,
+        batch_size=8,
+        pool=4096,
+        pool_start=1024,
+        fresh=32,
+        encode_batch=32,
+        updates_per_call=25,
+        # Whole clips: trained on 9 frames it gave 32 dB on those and 14 behind them.
+        window_frames=33,
+        kl_weight=4e-4,
+        latent_noise=0.0,
+        texture_weight=0.0,
+        ema_decay=0.998,
+        log_interval=50,
+        checkpoint_interval=2000,
+    )
+    config.eval.update(interval=500, clips=64)
     return config
 
 
