@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cityrag_jax.data.captures import Captures, CityHeader
-from cityrag_jax.data.store import City, write_city
+from cityrag_jax.data.store import City
+from cityrag_jax.data.writing import write_city
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.trajectory import level_poses
 

@@ -36,7 +36,8 @@ from cityrag_jax.checkpoint import (
 )
 from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import load_pairs
-from cityrag_jax.data.store import City, write_city
+from cityrag_jax.data.store import City
+from cityrag_jax.data.writing import write_city
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.vae import VAEConfig, WanVAE
 

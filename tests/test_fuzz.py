@@ -32,8 +32,9 @@ from cityrag_jax.convert.files import CheckpointReader
 from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.paths import read_path
-from cityrag_jax.data.store import City, write_city
+from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
+from cityrag_jax.data.writing import write_city
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.geo_branch import GeoBranch

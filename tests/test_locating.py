@@ -10,8 +10,8 @@ import synthetic_city as synthetic
 import test_film as street
 
 from cityrag_jax.data import locating
-from cityrag_jax.data.store import write_city
 from cityrag_jax.data.video import write_image
+from cityrag_jax.data.writing import write_city
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.panorama import crop_panorama
 from cityrag_jax.geo.photo import parse_photo_pose

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import synthetic_city as synthetic
 
-from cityrag_jax.data import records, store
+from cityrag_jax.data import records, writing
 from cityrag_jax.data.columns import write_columns
-from cityrag_jax.data.store import City, write_city
+from cityrag_jax.data.store import City
+from cityrag_jax.data.writing import write_city
 from cityrag_jax.geo import panorama
 
 DRIVES = [synthetic.line([0, 0, 2], 20, 4), synthetic.line([2, 0, 2], 200, 3)]
@@ -204,7 +205,7 @@ def test_poses_and_stored_panoramas_must_agree_on_opening(city, tmp_path):
 
 
 def test_a_corrupt_jpeg_names_panorama_and_tile(tmp_path, monkeypatch):
-    encode = store.encode_panorama
+    encode = writing.encode_panorama
     count = iter(range(100))
 
     def damaged(picture, quality):
@@ -213,7 +214,7 @@ def test_a_corrupt_jpeg_names_panorama_and_tile(tmp_path, monkeypatch):
             tiles[19] = tiles[19][:200]
         return tiles
 
-    monkeypatch.setattr(store, "encode_panorama", damaged)
+    monkeypatch.setattr(writing, "encode_panorama", damaged)
     captures = synthetic.columns(DRIVES)
     pictures = [synthetic.direction_panorama(p, 128) for p in np.concatenate(DRIVES)]
     bad = write_city(
@@ -307,7 +308,7 @@ def test_a_writing_that_was_stopped_goes_on_behind_its_last_whole_file(
 
 def test_two_processes_do_not_write_one_city(tmp_path):
     (tmp_path / ".city.writing").mkdir()
-    with store.sole_writer(tmp_path / ".city.writing"):
+    with writing.sole_writer(tmp_path / ".city.writing"):
         with pytest.raises(ValueError, match="being written by another process"):
             write(tmp_path / "city")
 

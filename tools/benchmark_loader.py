@@ -25,8 +25,9 @@ import simplejpeg
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data.captures import Captures, CityHeader
-from cityrag_jax.data.store import City, write_city
+from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
+from cityrag_jax.data.writing import write_city
 from cityrag_jax.geo.poses import poses_from_geodetic
 
 VIEW = {"height": 480, "width": 832, "fov_deg": 65.0}

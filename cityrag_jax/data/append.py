@@ -16,7 +16,8 @@ from scipy.spatial import cKDTree
 
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.provenance import Provenance
-from cityrag_jax.data.store import City, Panoramas, write_city
+from cityrag_jax.data.store import City
+from cityrag_jax.data.writing import Panoramas, write_city
 
 JOINED_M = 200.0  # from a neighbourhood's captures; what lies farther makes new ones
 SAME_S = 1.0  # a picture may tell its time in whole seconds

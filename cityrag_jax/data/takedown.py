@@ -28,7 +28,8 @@ from cityrag_jax.data.pairs import (
     save_pairs,
 )
 from cityrag_jax.data.records import copy_records
-from cityrag_jax.data.store import City, sole_writer, take_place
+from cityrag_jax.data.store import City
+from cityrag_jax.data.writing import sole_writer, take_place
 from cityrag_jax.files import write_whole
 from cityrag_jax.geo.retrieval import drive_edges
 

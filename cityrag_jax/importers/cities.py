@@ -21,7 +21,8 @@ from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.masks import hide, read_mask
 from cityrag_jax.data.provenance import Provenance, make_provenance
 from cityrag_jax.data.records import map_ahead
-from cityrag_jax.data.store import City, Picture, write_city
+from cityrag_jax.data.store import City
+from cityrag_jax.data.writing import Picture, write_city
 from cityrag_jax.files import write_whole
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama

@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from cityrag_jax.data.store import City, check_free
+from cityrag_jax.data.store import City
 from cityrag_jax.data.video import frames_at, read_frames, read_times
+from cityrag_jax.data.writing import check_free
 from cityrag_jax.geo.ecef import ecef_from_geodetic
 from cityrag_jax.geo.pose_files import Placements, parse_placements, place_at_times
 from cityrag_jax.importers.cities import Load, Making, Recording, Sphere, make_city

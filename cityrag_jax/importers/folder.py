@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cityrag_jax.data.store import City, check_free
+from cityrag_jax.data.store import City
 from cityrag_jax.data.takedown import names_of, read_taken
 from cityrag_jax.data.video import read_image
+from cityrag_jax.data.writing import check_free
 from cityrag_jax.geo.pose_files import Placements, parse_placements, place_at_times
 from cityrag_jax.importers.cities import Load, Making, Recording, Sphere, make_city
 from cityrag_jax.importers.recordings import COLUMNS, Origin, Shots

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cityrag_jax.data.store import City, check_free
+from cityrag_jax.data.store import City
 from cityrag_jax.data.takedown import read_taken
+from cityrag_jax.data.writing import check_free
 from cityrag_jax.geo.path_files import format_lines
 from cityrag_jax.geo.revisits import find_revisits, join_steps
 from cityrag_jax.importers.cities import Making, Recording, make_city
