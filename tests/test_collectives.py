@@ -16,7 +16,8 @@ from cityrag_jax.checkpoint import (
     with_parameters,
 )
 from cityrag_jax.checkpoint.descriptions import parameter_shardings
-from cityrag_jax.model.dit import DiTConfig, Prepared, TokenGrid, WanDiT
+from cityrag_jax.model.branch import Prepared, TokenGrid
+from cityrag_jax.model.dit import DiTConfig, WanDiT
 from cityrag_jax.model.trajectory_encoder import TrajectoryEncoder
 from cityrag_jax.parallel import make_mesh
 from cityrag_jax.plan import collectives as plan

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Float32
 
 from cityrag_jax import parallel
 from cityrag_jax.model.attention import attend
-from cityrag_jax.model.dit import stack_layers
 from cityrag_jax.model.layers import (
     MLP,
     XAVIER,
@@ -25,6 +24,7 @@ from cityrag_jax.model.layers import (
     Linear,
     gelu_exact,
     precision_of,
+    stack_layers,
 )
 
 COLOURS = 3

@@ -7,7 +7,7 @@ Source: Wan-Video/Wan2.1, wan/modules/model.py.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float
 
 from cityrag_jax.batch import PATCH, Conditions, token_grid
 from cityrag_jax.model.attention import (
@@ -25,6 +25,7 @@ from cityrag_jax.model.attention import (
     RotaryAttention,
     TextAttention,
 )
+from cityrag_jax.model.branch import Branch, Modulation, Prepared, TokenGrid, add
 from cityrag_jax.model.layers import (
     MLP,
     ZEROS,
@@ -34,6 +35,7 @@ from cityrag_jax.model.layers import (
     gelu_tanh,
     normalise,
     rotary_angles,
+    stack_layers,
     timestep_embedding,
 )
 from cityrag_jax.parallel import axis_size, shard
@@ -125,40 +127,6 @@ class DiTConfig:
 _WAN_14B = dict(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
 
 
-class Modulation(NamedTuple):
-    """Shift, scale and gate of one residual step, float32."""
-
-    shift: Float[Array, "B 1 D"]
-    scale: Float[Array, "B 1 D"]
-    gate: Float[Array, "B 1 D"]
-
-    def modulate(self, x: Float[Array, "B L D"], eps: float) -> Float[Array, "B L D"]:
-        """m(x) = LN(x) (1 + scale) + shift."""
-        return normalise(x, eps) * (1 + self.scale) + self.shift
-
-
-class Prepared(NamedTuple):
-    """What a branch made of a clip's conditions, once for all steps of the sampler.
-
-    `layerwise` has a leading layer axis and is scanned beside the blocks.
-    """
-
-    shared: PyTree
-    layerwise: PyTree = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenGrid:
-    """Where the tokens of a video stand: their grid, rotary angles and true count.
-
-    `length` is None unless tokens were padded to divide over the sequence axis.
-    """
-
-    shape: tuple[int, int, int]
-    angles: Float[Array, "L R 2"]
-    length: Int[Array, " B"] | None
-
-
 class Stream(NamedTuple):
     """Tokens on their way through the blocks: as they start, their times and places."""
 
@@ -173,56 +141,6 @@ class Context(NamedTuple):
 
     rows: tuple[Float[Array, "B S D"], Float[Array, "B I D"] | None] | None
     keys: tuple[Keys, ...] | None = None
-
-
-class Branch(nnx.Module):
-    """A condition's way into the blocks: `layers` are stacked, the hooks see one.
-
-    `condition` is "pose" or "geo": guidance drops branches by that name.
-    """
-
-    condition: str
-    layers: nnx.Module | None = None
-
-    def prepare(self, conditions: Conditions) -> Prepared:
-        """Do whatever is the same for every timestep and block."""
-        raise NotImplementedError
-
-    def with_keys(self, prepared: Prepared) -> Prepared:
-        """Do what is the same for every timestep alone: memory for each block."""
-        return prepared
-
-    def after_self_attention(
-        self,
-        layer: nnx.Module | None,
-        x: Float[Array, "B L D"],
-        modulation: Modulation,
-        grid: TokenGrid,
-        prepared: Prepared,
-    ) -> Float[Array, "B L D"]:
-        """Change the residual stream between self- and cross-attention."""
-        return x
-
-    def after_block(
-        self,
-        layer: nnx.Module | None,
-        x: Float[Array, "B L D"],
-        grid: TokenGrid,
-        prepared: Prepared,
-    ) -> Float[Array, "B L D"]:
-        """Change the residual stream behind the block."""
-        return x
-
-
-def add(x: Float[Array, "B L D"], update: Float[Array, "B _ D"]) -> Float[Array, "..."]:
-    """Add to the residual stream in float32; it keeps its type."""
-    return (x.astype(jnp.float32) + update.astype(jnp.float32)).astype(x.dtype)
-
-
-def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
-    """Build `count` equal modules as one whose parameters have a leading layer axis."""
-    keys = jax.random.split(rngs.params(), count)
-    return jax.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
 class Block(nnx.Module):

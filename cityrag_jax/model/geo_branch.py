@@ -22,19 +22,15 @@ from jaxtyping import Array, Float, Int
 from cityrag_jax.batch import Conditions, token_grid
 from cityrag_jax.int8 import dense
 from cityrag_jax.model.attention import Keys, RotaryAttention
-from cityrag_jax.model.dit import (
-    Branch,
-    DiTConfig,
-    Modulation,
-    Prepared,
-    TokenGrid,
-    WanDiT,
-    add,
-    pad_tokens,
-    patchify,
+from cityrag_jax.model.branch import Branch, Modulation, Prepared, TokenGrid, add
+from cityrag_jax.model.dit import DiTConfig, WanDiT, pad_tokens, patchify
+from cityrag_jax.model.layers import (
+    LayerNorm,
+    Linear,
+    normalise,
+    rotary_angles,
     stack_layers,
 )
-from cityrag_jax.model.layers import LayerNorm, Linear, normalise, rotary_angles
 
 # How the output projections `o` of a branch start that is begun upon a base.
 OUTPUTS = ("zero", "copy", "scaled_copy")

@@ -5,6 +5,7 @@ official inference does (Wan-Video/Wan2.1, wan/modules/model.py). A product of f
 is one: `precision_of` says so to the compiler wherever factors may be float32.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import jax
@@ -145,6 +146,12 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...].astype(x.dtype).astype(jnp.float32)
         scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
         return (unit.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+    """Build `count` equal modules as one whose parameters have a leading layer axis."""
+    keys = jax.random.split(rngs.params(), count)
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
 def normalise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:

@@ -7,15 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cityrag_jax.batch import TIME_STRIDE, Conditions
-from cityrag_jax.model.dit import (
-    Branch,
-    DiTConfig,
-    Prepared,
-    TokenGrid,
-    add,
-    stack_layers,
-)
-from cityrag_jax.model.layers import MLP, ZEROS, Linear
+from cityrag_jax.model.branch import Branch, Prepared, TokenGrid, add
+from cityrag_jax.model.dit import DiTConfig
+from cityrag_jax.model.layers import MLP, ZEROS, Linear, stack_layers
 from cityrag_jax.parallel import shard
 
 HIGHEST = jax.lax.Precision.HIGHEST  # so that a float32 passes unchanged

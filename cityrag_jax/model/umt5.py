@@ -19,8 +19,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from cityrag_jax.model.dit import stack_layers
-from cityrag_jax.model.layers import XAVIER, RMSNorm, gelu_tanh, precision_of
+from cityrag_jax.model.layers import (
+    XAVIER,
+    RMSNorm,
+    gelu_tanh,
+    precision_of,
+    stack_layers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
