@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import synthetic_city as synthetic
 import training_city
+from einops import rearrange
 from test_generator import DIT, bundle_of_no_zeros
 
 from cityrag_jax.checkpoint import save_bundle
@@ -184,8 +185,9 @@ def test_a_job_spans_joined_processes(folder):
     """Two processes of two devices give what one process of four does.
 
     Their sums are taken in another order: of the 4,608 values of a first clip's last
-    frame one came out as its neighbour. Videos of one clip, since the next one starts
-    from such a frame, and random weights make tens of it.
+    frame one came out as its neighbour, and the video's code then rounds a block of 8x8
+    pixels the other way, by up to 7: one of 192 blocks was seen to. Videos of one clip,
+    since the next one starts from such a frame, and random weights make tens of it.
     """
     names = write_list(folder, 2, speed_m_s=40)
     words = ("--mesh=sequence:4",)
@@ -211,4 +213,6 @@ def test_a_job_spans_joined_processes(folder):
         )
         difference = np.abs(made - wanted)
         assert len(made) < 9 and wanted.std() > 10
-        assert difference.max() <= 2 and (difference > 0).mean() < 1e-2
+        assert difference.max() <= 8 and difference.mean() < 0.05
+        blocks = rearrange(difference, "T (H y) (W x) C -> (T H W) (y x C)", y=8, x=8)
+        assert (blocks > 0).any(1).sum() <= 2
