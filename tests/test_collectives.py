@@ -1,7 +1,7 @@
 """What devices send each other in a compiled update, by kind, type and size."""
 
 from collections import Counter
-from math import prod
+from math import inf, prod
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,19 @@ def collectives(program: str) -> list[tuple[str, list[tuple[str, int, int]]]]:
 def after_partitioning(lowered, folder) -> str:
     """Compile and give the program as it was split over devices.
 
-    Behind that, XLA for CPUs turns all bfloat16 to float32.
+    Behind that, XLA for CPUs turns all bfloat16 to float32. The program is not kept:
+    read again, it would dump nothing.
     """
-    lowered.compile(
-        compiler_options={
-            "xla_dump_to": str(folder),
-            "xla_dump_hlo_pass_re": "spmd-partitioning",
-        }
-    )
+    options = {
+        "xla_dump_to": str(folder),
+        "xla_dump_hlo_pass_re": "spmd-partitioning",
+    }
+    shortest_s = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", inf)
+    try:
+        lowered.compile(compiler_options=options)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest_s)
     (dump,) = folder.glob("*after_spmd-partitioning*.txt")
     return dump.read_text()
 
