@@ -25,9 +25,10 @@ import os
 from pathlib import Path
 
 from cityrag_jax.commands import Command
+from cityrag_jax.data.beam import by_beam, import_beam
 from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
-from cityrag_jax.data.shards import in_processes
+from cityrag_jax.data.shards import Spread, in_processes
 from cityrag_jax.data.store import City
 from cityrag_jax.importers.cities import Making, describe_import
 from cityrag_jax.importers.film import Source as Film
@@ -87,9 +88,8 @@ COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, else 0.1")
 COMMAND.takes("--stride", type=int, help="between windows that may be pairs, captures")
 for name, meaning in LIMITS.items():
     COMMAND.takes(f"--{name.replace('_', '-')}", type=float, help=meaning)
-COMMAND.takes(
-    "--workers", type=int, help="processes that import side by side; else one"
-)
+COMMAND.takes("--workers", type=int, help="processes of an import, else one")
+COMMAND.takes("--beam", metavar="OPTIONS", help="import by Apache Beam: its options")
 COMMAND.takes("--quality", type=int, default=90, help="of the JPEG tiles")
 COMMAND.switch("--append", "add what --out does not hold to the city there")
 COMMAND.switch("--overwrite", "replace the city that stands at --out")
@@ -138,11 +138,7 @@ for name, meaning in PLAN.items():
 def main(given: argparse.Namespace) -> None:
     """Build a city or mine one, and say what came of it."""
     keep_compilations()
-    if given.workers is not None and not (given.source and given.workers > 0):
-        raise ValueError(
-            f"--workers={given.workers} shares an import among 1 processes or more, "
-            "with --source; toy cities are rendered in one."
-        )
+    spread = read_spread(given)
     if given.append and not given.source:
         raise ValueError("--append needs --source: toy cities are rendered whole.")
     if sum(way is not None for way in (given.toy, given.mine, given.source)) != 1:
@@ -158,8 +154,8 @@ def main(given: argparse.Namespace) -> None:
     elif given.out is None:
         raise ValueError("--toy and --source need --out=DIR.")
     else:
-        make = build_toy if given.toy else build_from_pictures
-        city = make(given, limits)
+        make = functools.partial(build_from_pictures, spread=spread)
+        city = (build_toy if given.toy else make)(given, limits)
         folder = city.folder
         print(f"{city.name}: {len(city)} panoramas in {folder}")
     if not (folder / PAIRS).exists():
@@ -171,7 +167,26 @@ def main(given: argparse.Namespace) -> None:
     )
 
 
-def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
+def read_spread(given: argparse.Namespace) -> Spread:
+    """Say who makes the files of an import."""
+    if given.workers is None and given.beam is None:
+        return map
+    if not given.source or (given.workers is not None and given.beam is not None):
+        raise ValueError(
+            "--workers and --beam, one of them, share an import (--source); toy cities "
+            "are rendered in one process."
+        )
+    if given.beam is not None:
+        import_beam()  # before anything takes time
+        return functools.partial(by_beam, given.beam)
+    if given.workers < 1:
+        raise ValueError(f"--workers={given.workers}: give 1 or more.")
+    return functools.partial(in_processes, given.workers) if given.workers > 1 else map
+
+
+def build_from_pictures(
+    given: argparse.Namespace, limits: dict, spread: Spread
+) -> City:
     """Import pictures, and mine their pairs where there are any."""
     cuts = Cuts(
         given.gap_s,
@@ -195,7 +210,6 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
         except ValueError as error:  # good for a video, though not for training
             print(f"  no pairs to train on: {error}")
 
-    workers = given.workers or 1
     making = Making(
         given.out.name,
         given.height,
@@ -203,9 +217,9 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
         cuts,
         given.blur_masks,
         given.append,
-        spread=functools.partial(in_processes, workers) if workers > 1 else map,
-        threads=max(1, (os.cpu_count() or 1) // workers),
-        finish=finish,
+        spread,
+        max(1, (os.cpu_count() or 1) // (given.workers or 1)),
+        finish,
     )
     bring = import_listed if given.source in SERVICES else import_owned
     city, report = bring(given, making)
