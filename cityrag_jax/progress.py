@@ -42,6 +42,10 @@ class Progress:
         if self._plain and time.monotonic() - self._told >= EVERY_S:
             self._tell()
 
+    def reach(self, count: int) -> None:
+        """Say that so many are done in all."""
+        self.update(count - self._done)
+
     def remark(self, text: str) -> None:
         """Show what is done just now behind the bar."""
         self._bar.set_postfix_str(text)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.store import City
-from cityrag_jax.data.writing import write_city
+from cityrag_jax.data.writing import Writing, write_city
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.geo.trajectory import level_poses
 
@@ -69,6 +69,5 @@ def build(folder: Path, drives, *, height=128, name="Gradient", **kwargs) -> Cit
         header(name, height),
         columns(drives, **kwargs),
         panoramas,
-        quality=95,
-        num_threads=2,
+        how=Writing(quality=95, threads=2),
     )

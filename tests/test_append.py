@@ -7,7 +7,7 @@ import pytest
 import synthetic_city as synthetic
 from test_importers import DRIVES, EVENING, MORNING, WHOSE, build, photograph
 
-from cityrag_jax.data import records
+from cityrag_jax.data import records, shards
 from cityrag_jax.data.append import append_city, join_neighbourhoods
 from cityrag_jax.data.captures import CityHeader
 from cityrag_jax.data.pairs import load_pairs, read_rules
@@ -25,7 +25,7 @@ def files_of(folder):
 
 def test_a_city_is_appended_to_killed_and_resumed(tmp_path, monkeypatch, capsys):
     """By the command line: two drives first, two more streets and hours later."""
-    monkeypatch.setattr(records, "SHARD", 10)
+    monkeypatch.setattr(shards, "SHARD", 10)
     photos, out = tmp_path / "photos", tmp_path / "munich"
     photograph(photos / "morning", DRIVES[0], MORNING)
     photograph(photos / "evening", DRIVES[1], EVENING)
@@ -41,21 +41,21 @@ def test_a_city_is_appended_to_killed_and_resumed(tmp_path, monkeypatch, capsys)
 
     photograph(photos / "noon", FAR[0], MORNING + 86400)
     photograph(photos / "night", FAR[1], EVENING + 86400)
-    write, left = records._write_shard, iter(range(2))
+    write, left = shards._write_file, iter(range(2))
 
     def killed_behind_the_second(path, panoramas):
         if next(left, None) is None:
             raise KeyboardInterrupt
         return write(path, panoramas)
 
-    monkeypatch.setattr(records, "_write_shard", killed_behind_the_second)
+    monkeypatch.setattr(shards, "_write_file", killed_behind_the_second)
     with pytest.raises(KeyboardInterrupt):
         build(*command, "--append")
     assert files_of(out) == old_files and len(City(out)) == 48  # as it was
     np.testing.assert_array_equal(load_pairs(out).start_a, pairs.start_a)
     written = []
     monkeypatch.setattr(
-        records, "_write_shard", lambda *a: written.append(a[0].name) or write(*a)
+        shards, "_write_file", lambda *a: written.append(a[0].name) or write(*a)
     )
     build(*command, "--append")
     assert [name[-14:] for name in written] == [f"0000{k}-of-00010" for k in (7, 8, 9)]

@@ -11,7 +11,7 @@ import synthetic_city as synthetic
 import tagged_pictures as tagged
 
 from cityrag_jax import survey
-from cityrag_jax.data import records
+from cityrag_jax.data import shards
 from cityrag_jax.data.masks import hide
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
@@ -26,6 +26,7 @@ TOOL = pathlib.Path(__file__).parents[1] / "tools" / "build_city.py"
 MORNING, EVENING = 1.7e9, 1.7e9 + 40_000.0
 NOBODY, MAKING = recordings.Origin("CC0-1.0", "nobody"), cities.Making("x")
 WHOSE = ("--licence=CC-BY-4.0", "--attribution=those who drove")
+SHORT = (*WHOSE, "--num-frames=9", "--neighbourhoods=1")
 DRIVES = [
     synthetic.line([0, -20, 2], 0, 24, spacing=1.0),
     synthetic.line([1.5, -20, 2], 0, 24, spacing=1.0),
@@ -97,10 +98,9 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def city(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("imported") / "munich"
-    build(
-        *("--source=folder", f"--from={photos}", f"--out={out}", *WHOSE),
-        *("--num-frames=9", "--neighbourhoods=1"),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", 10)
+        build("--source=folder", f"--from={photos}", f"--out={out}", *SHORT)
     return City(out)
 
 
@@ -160,7 +160,7 @@ def test_pairs_are_mined_and_a_path_is_found(city, tmp_path):
 
 def test_a_stopped_import_goes_on(photos, city, tmp_path, monkeypatch):
     """As a kill leaves it; the pictures of whole files are not decoded again."""
-    monkeypatch.setattr(records, "SHARD", 16)
+    monkeypatch.setattr(shards, "SHARD", 16)
     read, left = folder.read_image, iter(range(40))
 
     def stops(path):
@@ -169,7 +169,7 @@ def test_a_stopped_import_goes_on(photos, city, tmp_path, monkeypatch):
         return read(path)
 
     words = ["--source=folder", f"--from={photos}", f"--out={tmp_path / 'munich'}"]
-    words += [*WHOSE, "--num-frames=9", "--neighbourhoods=1"]
+    words += SHORT
     monkeypatch.setattr(folder, "read_image", stops)
     with pytest.raises(KeyboardInterrupt):
         build(*words)
@@ -183,6 +183,26 @@ def test_a_stopped_import_goes_on(photos, city, tmp_path, monkeypatch):
     made = City(tmp_path / "munich")
     assert made.captures.time_s.tolist() == city.captures.time_s.tolist()
     np.testing.assert_array_equal(made.panorama(20), city.panorama(20))
+
+
+def test_processes_side_by_side_write_the_same_bytes(
+    photos, city, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "SHARD", 10)
+    shared, words = tmp_path / "munich", ["--source=folder", f"--from={photos}", *SHORT]
+    build(*words, f"--out={shared}", "--workers=2")
+    same_files(city.folder, shared, files=5)
+    with pytest.raises(ValueError, match="--workers=0 shares an import"):
+        build(*words, f"--out={tmp_path / 'x'}", "--workers=0")
+
+
+def same_files(left, right, files):
+    """Hold two cities' files equal, `files` of them of tiles."""
+    written = [p.relative_to(left) for p in sorted(left.rglob("*")) if p.is_file()]
+    assert sum("array_record-" in path.name for path in written) == files
+    for path in written:
+        assert (right / path).read_bytes() == (left / path).read_bytes(), path
+    assert len(list(right.rglob("*"))) == len(list(left.rglob("*")))
 
 
 def test_a_picture_that_turns_out_damaged_is_left_out(tmp_path):

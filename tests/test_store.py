@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import synthetic_city as synthetic
 
-from cityrag_jax.data import records, writing
+from cityrag_jax.data import records, shards, writing
 from cityrag_jax.data.columns import write_columns
 from cityrag_jax.data.store import City
-from cityrag_jax.data.writing import write_city
+from cityrag_jax.data.writing import Writing, write_city
 from cityrag_jax.geo import panorama
 
 DRIVES = [synthetic.line([0, 0, 2], 20, 4), synthetic.line([2, 0, 2], 200, 3)]
@@ -217,9 +217,8 @@ def test_a_corrupt_jpeg_names_panorama_and_tile(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "encode_panorama", damaged)
     captures = synthetic.columns(DRIVES)
     pictures = [synthetic.direction_panorama(p, 128) for p in np.concatenate(DRIVES)]
-    bad = write_city(
-        tmp_path / "bad", synthetic.header(), captures, pictures, num_threads=1
-    )
+    header, how = synthetic.header(), Writing(threads=1)
+    bad = write_city(tmp_path / "bad", header, captures, pictures, how=how)
     with pytest.raises(ValueError, match="tile 19 .* of panorama 2 is not a readable"):
         bad.crops(np.array([2]), np.zeros(1), fov_deg=65.0, **VIEW)
     with pytest.raises(ValueError, match="of panorama 2"):
@@ -247,7 +246,7 @@ def test_writing_twice_needs_overwrite_and_replaces_whole(tmp_path):
         synthetic.header("Other"),
         synthetic.columns([one]),
         [synthetic.direction_panorama(one[0], 128)],
-        overwrite=True,
+        how=Writing(overwrite=True),
     )
     assert city.name == "Other" and len(City(tmp_path / "city")) == 1
     assert os.listdir(tmp_path) == ["city"]
@@ -262,29 +261,27 @@ def test_a_writing_that_was_stopped_goes_on_behind_its_last_whole_file(
     tmp_path, monkeypatch
 ):
     """As a kill leaves it: with the same bytes in the end, and nothing made twice."""
-    monkeypatch.setattr(records, "SHARD", 2)
+    monkeypatch.setattr(shards, "SHARD", 2)
     poses, asked = np.concatenate(DRIVES), []
 
-    def panoramas(stop, first):
-        for k in range(first, len(poses)):
+    def panoramas(killed_at, first, stop):
+        for k in range(first, stop):
             asked.append(k)
-            if k == stop:
+            if k == killed_at:
                 raise KeyboardInterrupt
             yield None if k == 1 else synthetic.direction_panorama(poses[k], 128)
 
-    def build(folder, stop, overwrite=False):
-        parts = functools.partial(panoramas, stop)
+    def build(folder, killed_at, overwrite=False):
+        parts = functools.partial(panoramas, killed_at)
         columns, header = synthetic.columns(DRIVES), synthetic.header()
-        return write_city(
-            folder, header, columns, parts, num_threads=1, overwrite=overwrite
-        )
+        how = Writing(threads=1, overwrite=overwrite)
+        return write_city(folder, header, columns, parts, how=how)
 
     whole = build(tmp_path / "whole", None)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "city", 6)
-    (left,) = (tmp_path / ".city.writing").glob("panoramas/*/progress.json")
-    done = len(json.loads(left.read_text())["shards"])
-    assert done > 0 and not (tmp_path / "city").exists()
+    done = len(list((tmp_path / ".city.writing").glob("panoramas/*/*array*.json")))
+    assert done == 3 and not (tmp_path / "city").exists()
     asked.clear()
     city = build(tmp_path / "city", None)
     assert asked == list(range(2 * done, 7))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import synthetic_city as synthetic
 
-from cityrag_jax.data import records, takedown
+from cityrag_jax.data import records, shards, takedown
 from cityrag_jax.data.pairs import PairConfig, load_pairs, mine_pairs, save_pairs
 from cityrag_jax.data.store import City
 
@@ -31,7 +31,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("taken") / "city"
     drives = [synthetic.line([x, 0, 2], 0, 30) for x in (0.0, 1.5)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "SHARD", 8)
+        patch.setattr(shards, "SHARD", 8)
         city = synthetic.build(folder, drives, height=40)
     config = PairConfig(num_frames=5, min_condition=4, stride=1)
     save_pairs(folder, mine_pairs(city.captures, city.name, config))

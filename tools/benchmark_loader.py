@@ -27,7 +27,7 @@ from cityrag_jax.commands import Command
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
-from cityrag_jax.data.writing import write_city
+from cityrag_jax.data.writing import Writing, write_city
 from cityrag_jax.geo.poses import poses_from_geodetic
 
 VIEW = {"height": 480, "width": 832, "fov_deg": 65.0}
@@ -80,7 +80,7 @@ def make_city(folder: Path, panoramas: list[np.ndarray], quality: int) -> City:
     time_s, whole = 1.7e9 + np.arange(count, dtype=float), np.ones(count, bool)
     captures = Captures(poses, time_s, zeros, zeros, zeros, zeros, whole)
     header = CityHeader("benchmark", panoramas[0].shape[0], ANCHOR, ("",), ("",))
-    return write_city(folder, header, captures, panoramas, quality=quality)
+    return write_city(folder, header, captures, panoramas, how=Writing(quality))
 
 
 def per_second(

@@ -20,11 +20,14 @@ sizes of their plan given one by one override the preset.
 """
 
 import argparse
+import functools
+import os
 from pathlib import Path
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
+from cityrag_jax.data.shards import in_processes
 from cityrag_jax.data.store import City
 from cityrag_jax.importers.cities import Making, describe_import
 from cityrag_jax.importers.film import Source as Film
@@ -84,6 +87,9 @@ COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, else 0.1")
 COMMAND.takes("--stride", type=int, help="between windows that may be pairs, captures")
 for name, meaning in LIMITS.items():
     COMMAND.takes(f"--{name.replace('_', '-')}", type=float, help=meaning)
+COMMAND.takes(
+    "--workers", type=int, help="processes that import side by side; else one"
+)
 COMMAND.takes("--quality", type=int, default=90, help="of the JPEG tiles")
 COMMAND.switch("--append", "add what --out does not hold to the city there")
 COMMAND.switch("--overwrite", "replace the city that stands at --out")
@@ -132,6 +138,11 @@ for name, meaning in PLAN.items():
 def main(given: argparse.Namespace) -> None:
     """Build a city or mine one, and say what came of it."""
     keep_compilations()
+    if given.workers is not None and not (given.source and given.workers > 0):
+        raise ValueError(
+            f"--workers={given.workers} shares an import among 1 processes or more, "
+            "with --source; toy cities are rendered in one."
+        )
     if given.append and not given.source:
         raise ValueError("--append needs --source: toy cities are rendered whole.")
     if sum(way is not None for way in (given.toy, given.mine, given.source)) != 1:
@@ -184,6 +195,7 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
         except ValueError as error:  # good for a video, though not for training
             print(f"  no pairs to train on: {error}")
 
+    workers = given.workers or 1
     making = Making(
         given.out.name,
         given.height,
@@ -191,7 +203,9 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
         cuts,
         given.blur_masks,
         given.append,
-        finish,
+        spread=functools.partial(in_processes, workers) if workers > 1 else map,
+        threads=max(1, (os.cpu_count() or 1) // workers),
+        finish=finish,
     )
     bring = import_listed if given.source in SERVICES else import_owned
     city, report = bring(given, making)

@@ -6,8 +6,6 @@ ids and numbers.
 """
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +15,7 @@ from scipy.spatial import cKDTree
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.provenance import Provenance
 from cityrag_jax.data.store import City
-from cityrag_jax.data.writing import Panoramas, write_city
+from cityrag_jax.data.writing import Panoramas, Writing, write_city
 
 JOINED_M = 200.0  # from a neighbourhood's captures; what lies farther makes new ones
 SAME_S = 1.0  # a picture may tell its time in whole seconds
@@ -30,8 +28,7 @@ def append_city(
     panoramas: Panoramas,
     *,
     provenance: Provenance,
-    quality: int = 90,
-    finish: Callable[[Path], object] | None = None,
+    how: Writing | None = None,
 ) -> City:
     """Put captures, numbered from 0 as a city of their own, behind those of a city."""
     if header.panorama_height != city.header.panorama_height:
@@ -59,11 +56,8 @@ def append_city(
         joined,
         Captures(**both),
         panoramas,
-        provenance=Provenance(**arrays),
-        quality=quality,
-        overwrite=True,
-        before=city,
-        finish=finish,
+        Provenance(**arrays),
+        dataclasses.replace(how or Writing(), overwrite=True, before=city),
     )
 
 

@@ -27,7 +27,7 @@ from cityrag_jax.data.pairs import (
     read_rules,
     save_pairs,
 )
-from cityrag_jax.data.records import copy_records
+from cityrag_jax.data.shards import copy_shards
 from cityrag_jax.data.store import City
 from cityrag_jax.data.writing import sole_writer, take_place
 from cityrag_jax.files import write_whole
@@ -67,7 +67,7 @@ def remove_captures(city: City, rows: Int64[np.ndarray, " n"]) -> dict[str, int]
     shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
     temporary.mkdir()
     with sole_writer(temporary):
-        copy_records(city.folder, temporary, set(rows.tolist()))
+        copy_shards(city.folder, temporary, set(rows.tolist()))
         captures = city.captures.select(kept)
         write_columns(temporary, city.header, captures, city.provenance.select(kept))
         write_header(temporary, city.header, len(captures))

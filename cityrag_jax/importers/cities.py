@@ -20,9 +20,9 @@ from cityrag_jax.data.append import append_city, find_new
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.masks import hide, read_mask
 from cityrag_jax.data.provenance import Provenance, make_provenance
-from cityrag_jax.data.records import map_ahead
+from cityrag_jax.data.shards import Job, Spread, map_ahead
 from cityrag_jax.data.store import City
-from cityrag_jax.data.writing import Picture, write_city
+from cityrag_jax.data.writing import Picture, Writing, write_city
 from cityrag_jax.files import write_whole
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama
@@ -65,7 +65,8 @@ class Making:
 
     `masks` holds a picture for each of the recording's, white where people and plates
     are to be blurred, as NAME.png; what has one counts as anonymised. `append` adds to
-    the city what it does not hold. `finish` gets the folder before it has its name.
+    the city what it does not hold. `spread` says who makes its files, in how many
+    threads each. `finish` gets the folder before it has its name.
     """
 
     name: str
@@ -74,7 +75,64 @@ class Making:
     cuts: Cuts = Cuts()
     masks: Path | None = None
     append: bool = False
+    spread: Spread = map
+    threads: int = os.cpu_count() or 1
     finish: Callable[[Path], object] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Panoramas:
+    """The pictures of a recording, in order, as panoramas of one height.
+
+    Called with two numbers it gives those from the one on up to the other, None for
+    what cannot be decoded, made ahead in threads. It may travel to other processes.
+    """
+
+    recording: Recording
+    masks: dict[str, Path]
+    height: int
+    threads: int
+
+    def __len__(self) -> int:
+        return len(self.recording.shots)
+
+    def __call__(self, first: int, stop: int) -> Iterator[Picture]:
+        names = list(self.recording.shots.names[first:stop])
+        loads = zip(range(first, stop), self.recording.load(names), strict=True)
+        return map_ahead(self._fit, loads, self.threads)
+
+    def _fit(self, item: tuple[int, Load]) -> Picture:
+        k, load = item
+        shots = self.recording.shots
+        try:
+            picture = load()
+        except ValueError:
+            return None
+        if shots.names[k] in self.masks:
+            picture = hide(picture, read_mask(self.masks[shots.names[k]]))
+        pitch_rad, roll_rad = (
+            float(np.deg2rad(np.nan_to_num(angle[k])))
+            for angle in (shots.pitch_deg, shots.roll_deg)
+        )
+        above, below, _ = self.recording.spheres[k]
+        turned = dict(pitch_rad=pitch_rad, roll_rad=roll_rad)
+        return fit_panorama(picture, self.height, above=above, below=below, **turned)
+
+
+def _counted(made: Panoramas, bar: Progress, first: int, stop: int):
+    """Give panoramas, and say of each that it is done."""
+    bar.reach(first)
+    for picture in made(first, stop):
+        yield picture
+        bar.update()
+
+
+def _counting(spread: Spread, bar: Progress, job: Job, numbers: list[int]):
+    """Spread files, and say of each that its panoramas are done."""
+    bar.reach(job.count - job.shard * len(numbers))
+    for number in spread(job, numbers):
+        bar.update(min(job.shard, job.count - job.shard * number))
+        yield number
 
 
 def make_city(
@@ -96,40 +154,32 @@ def make_city(
     spheres = [recording.spheres[k] for k in chosen.tolist()]
     report["skipped"] = recording.skipped | report["skipped"]
     report["notes"] = recording.notes + notes
-    header = _header(recording.kind, making, captures, shots, spheres)
-    unreadable: list[str] = []
+    recording = dataclasses.replace(recording, shots=shots, spheres=spheres)
+    header = _header(making, captures, recording)
+    made = Panoramas(recording, masks, header.panorama_height, making.threads)
+
+    def finish(folder: Path) -> None:
+        ids = City(folder).provenance.id.to_pylist()
+        lost = sorted(set(origins.id.to_pylist()) - set(ids))
+        if lost:
+            report["skipped"][f"{len(lost)} not decoded"] = lost
+        report["pictures"] = len(captures) - len(lost)
+        _write_report(folder, report, out if old else None)
+        if making.finish:
+            making.finish(folder)
+
+    origins = _provenance(shots)
     with Progress(f"importing {making.name}", len(shots), "pano") as bar:
-
-        def make(first: int) -> Iterator[Picture]:
-            bar.update(first)
-            rows = range(first, len(shots))
-            loads = recording.load(list(shots.names[first:]))
-            height = header.panorama_height
-            made = _fit_all(
-                shots, spheres, masks, height, zip(rows, loads, strict=True)
-            )
-            for k, panorama in zip(rows, made, strict=True):
-                if panorama is None:
-                    unreadable.append(shots.names[k])
-                bar.update()
-                yield panorama
-
-        def finish(folder: Path) -> None:
-            lost = len(captures) + len(old or ()) - len(City(folder))
-            if lost:
-                report["skipped"][f"{lost} not decoded"] = unreadable
-            report["pictures"] = len(captures) - lost
-            _write_report(folder, report, out if old else None)
-            if making.finish:
-                making.finish(folder)
-
-        write = functools.partial(append_city, old)
+        pictures, spread = functools.partial(_counted, made, bar), making.spread
+        if spread is not map:  # the bar stays here
+            pictures, spread = made, functools.partial(_counting, spread, bar)
+        how = Writing(making.quality, making.threads, spread, overwrite, finish=finish)
         if old is None:
-            write = functools.partial(write_city, out, overwrite=overwrite)
-        origins = _provenance(shots)
-        kinds = {"provenance": origins, "quality": making.quality, "finish": finish}
-        city = write(header, captures, make, **kinds)
-    return city, report
+            return write_city(out, header, captures, pictures, origins, how), report
+        grown = append_city(
+            old, header, captures, pictures, provenance=origins, how=how
+        )
+        return grown, report
 
 
 def _left_over(recording: Recording, city: City) -> Recording:
@@ -201,19 +251,14 @@ def _blurred(shots: Shots, masks: dict[str, Path]) -> Shots:
     return dataclasses.replace(shots, origins=origins)
 
 
-def _header(
-    kind: str,
-    making: Making,
-    captures: Captures,
-    shots: Shots,
-    spheres: list[Sphere],
-) -> CityHeader:
+def _header(making: Making, captures: Captures, recording: Recording) -> CityHeader:
+    shots = recording.shots
     middle_m = np.median(captures.ecef_from_camera[:, :3, 3], axis=0)
     anchor = tuple(round(float(x), 6) for x in geodetic_from_ecef(middle_m))
-    median = int(np.median([sphere.height for sphere in spheres]))
+    median = int(np.median([sphere.height for sphere in recording.spheres]))
     height = making.height or min(HIGHEST, median // 8 * 8)
     generator = {
-        "import": kind,
+        "import": recording.kind,
         "jpeg_quality": making.quality,
         "cuts": dataclasses.asdict(making.cuts),
     }
@@ -233,32 +278,6 @@ def _provenance(shots: Shots) -> Provenance:
         height_datum="unknown",
         accuracy_m=[None if np.isnan(x) else x for x in accuracy],
     )
-
-
-def _fit_all(
-    shots: Shots,
-    spheres: list[Sphere],
-    masks: dict[str, Path],
-    height: int,
-    loads: Iterator[tuple[int, Load]],
-) -> Iterator[Picture]:
-    """Give panoramas, made ahead in threads; None for what cannot be decoded."""
-    pitch_rad = np.deg2rad(np.nan_to_num(shots.pitch_deg))
-    roll_rad = np.deg2rad(np.nan_to_num(shots.roll_deg))
-
-    def fit(item: tuple[int, Load]) -> Picture:
-        k, load = item
-        try:
-            picture = load()
-        except ValueError:
-            return None
-        if shots.names[k] in masks:
-            picture = hide(picture, read_mask(masks[shots.names[k]]))
-        angles = {"pitch_rad": float(pitch_rad[k]), "roll_rad": float(roll_rad[k])}
-        above, below, _ = spheres[k]
-        return fit_panorama(picture, height, above=above, below=below, **angles)
-
-    return map_ahead(fit, loads, os.cpu_count() or 1)
 
 
 def describe_import(report: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cityrag_jax.data.records import map_ahead
+from cityrag_jax.data.shards import map_ahead
 from cityrag_jax.files import write_whole
 from cityrag_jax.importers.tags import read_tags
 from cityrag_jax.importers.web import Client, Refused, Unreachable

@@ -16,7 +16,7 @@ from cityrag_jax.data.build import TOY_LIMITS, pair_config
 from cityrag_jax.data.captures import Captures, CityHeader
 from cityrag_jax.data.pairs import mine_pairs, save_pairs
 from cityrag_jax.data.store import City
-from cityrag_jax.data.writing import write_city
+from cityrag_jax.data.writing import Writing, write_city
 from cityrag_jax.geo.ecef import ecef_from_enu
 from cityrag_jax.progress import Progress
 from cityrag_jax.toy.drives import CityConfig, Drive, city, drives
@@ -82,9 +82,8 @@ def build_toy_city(
     pairs = mine_pairs(captures, config.name, rules)
     with Progress(f"rendering {config.name}", len(captures), "pano") as bar:
         panoramas = functools.partial(_render, config, made, height, bar)
-        written = write_city(
-            folder, header, captures, panoramas, quality=quality, overwrite=overwrite
-        )
+        how = Writing(quality, overwrite=overwrite)
+        written = write_city(folder, header, captures, panoramas, how=how)
     save_pairs(written.folder, pairs)
     return written
 
@@ -111,17 +110,23 @@ def columns_of(made: list[Drive], anchor: tuple[float, float, float]) -> Capture
 
 
 def _render(
-    config: CityConfig, made: list[Drive], height: int, bar: Progress, start: int
+    config: CityConfig,
+    made: list[Drive],
+    height: int,
+    bar: Progress,
+    first: int,
+    stop: int,
 ) -> Iterator[UInt8[np.ndarray, "P W 3"]]:
-    """Render the panoramas of drives from one of them on."""
-    bar.update(start)
+    """Render the panoramas of drives from one of them on up to another."""
+    bar.reach(first)
+    begin = 0
     for drive in made:
-        skipped = min(start, len(drive.time_s))
-        start -= skipped
-        for first in range(skipped, len(drive.time_s), RENDER_AT_ONCE):
-            part = slice(first, first + RENDER_AT_ONCE)
+        end = begin + len(drive.time_s)
+        for at in range(max(first, begin), min(stop, end), RENDER_AT_ONCE):
+            part = slice(at - begin, min(at + RENDER_AT_ONCE, stop, end) - begin)
             poses, times_s = drive.enu_from_camera[part], drive.time_s[part]
             pictures = render_panoramas(config, drive.scene, poses, times_s, height)
             for picture in pictures.rgb:
                 yield picture
                 bar.update()
+        begin = end
