@@ -32,6 +32,7 @@ from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import write_image
 from cityrag_jax.evaluate import FULL, POSE_ALONE, RECOLOURED, score
+from cityrag_jax.files import open_folder
 from cityrag_jax.generator import Generator, open_generator
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.grounding import Retrieval
@@ -202,7 +203,13 @@ def read_seeds(text: str) -> list[int]:
 
 
 COMMAND = Command(__doc__)
-COMMAND.takes("--out", type=Path, default=Path("out/demo"), help="folder to write to")
+COMMAND.makes(
+    "--out",
+    needed=False,
+    type=Path,
+    default=Path("out/demo"),
+    help="folder to write to",
+)
 COMMAND.takes("--weights", default=WEIGHTS, help="model folder or workdir")
 COMMAND.takes("--train-seconds", type=float, default=120.0, help="0: do not train on")
 COMMAND.takes(
@@ -220,7 +227,7 @@ COMMAND.takes(
 
 def main(given: argparse.Namespace) -> None:
     """Run every step, saying what it does and how long it took."""
-    out, seeds, began = report.open_folder(given.out), given.photo_seeds, time.time()
+    out, seeds, began = open_folder(given.out), given.photo_seeds, time.time()
     logging.set_verbosity(logging.ERROR)
     keep_compilations()
     config, weights = load_config(CONFIG).unlock(), find_shipped(given.weights)

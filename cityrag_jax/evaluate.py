@@ -30,6 +30,7 @@ from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import TRUST, identify_model, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.clips import held_out_clips, stack_clips
+from cityrag_jax.files import open_folder
 from cityrag_jax.generator import MESH, Generator, open_generator, open_mesh, with_mesh
 from cityrag_jax.metrics.image import (
     clip_psnr,
@@ -161,7 +162,7 @@ def evaluate(
     It is written after every row of every batch. Gives its means. Networks run on the
     mesh `sample.mesh`.
     """
-    report.open_folder(out)
+    open_folder(out)
     sources = open_cities(cities)
     made_of = describe_origin(config, checkpoint, sources)
     wanted, size = config.eval.table_clips, config.eval.batch_size
@@ -280,7 +281,7 @@ COMMAND = Command(__doc__)
 COMMAND.needs_config()
 COMMAND.needs("--checkpoint", help="model folder or training workdir")
 COMMAND.needs("--city", help="city folders, separated by commas")
-COMMAND.needs("--out", help="folder to write to")
+COMMAND.makes("--out", help="folder to write to")
 COMMAND.takes("--mesh", metavar="AXIS:SIZE", help=MESH)
 COMMAND.switch("--distributed", DISTRIBUTED)
 COMMAND.switch("--trust", TRUST)

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and errors that say which file it was."""
+"""Files and folders that appear whole or not at all, and errors that name them."""
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,41 @@ def named(path: Path | str) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
+
+
+def open_folder(path: Path | str) -> Path:
+    """Make a folder and try to write there, before anything is computed for it.
+
+    Raises ValueError where that fails.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        in_the_way = [x for x in (path, *path.parents) if x.is_file()]
+        reason = f"{in_the_way[0]} is a file" if in_the_way else error.strerror
+        raise ValueError(
+            f"{path} cannot be written to ({reason}); choose another folder."
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def made_for_use(path: Path | str) -> Iterator[None]:
+    """Take folders away again that were made on the way to a path and stay empty.
+
+    So a command that is refused leaves nothing behind.
+    """
+    path = Path(path).absolute()
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something is there: the rest stays, too
+            for folder in filter(Path.exists, new):
+                folder.rmdir()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -37,6 +37,7 @@ from cityrag_jax import report
 from cityrag_jax.checkpoint import TRUST, trust
 from cityrag_jax.commands import Command, find_shipped
 from cityrag_jax.data.store import City
+from cityrag_jax.files import open_folder
 from cityrag_jax.generator import MESH, open_mesh, split_devices, with_mesh
 from cityrag_jax.geo.grounding import GAPS, WAYS
 from cityrag_jax.jobs.check import check_jobs, describe_check, summarise
@@ -126,7 +127,7 @@ GAPS_HELP = "where nothing was captured along the path"
 COMMAND = Command(__doc__)
 COMMAND.needs_config()
 COMMAND.needs("--city", help="city folder, as tools/build_city.py writes it")
-COMMAND.needs("--out", help="folder to write to")
+COMMAND.makes("--out", help="folder to write to")
 COMMAND.takes("--checkpoint", default="", help="model folder or training workdir")
 COMMAND.takes("--image", default="", help=IMAGE)
 COMMAND.takes("--path", default="", help=PATH)
@@ -167,7 +168,7 @@ def main(given: argparse.Namespace) -> int:
 
 def make_one(given: argparse.Namespace, stopped: Callable[[], bool]) -> int:
     """Make one video; give the exit code."""
-    report.open_folder(given.out)
+    open_folder(given.out)
     config, order = with_mesh(given.config, given.mesh), read_order(given)
     city, checkpoint = City(given.city), find_shipped(given.checkpoint)
     request = read_request(order, config, checkpoint, city)
@@ -215,7 +216,7 @@ def check_list(given: argparse.Namespace) -> int:
     devices = given.devices_per_job or math.prod(map(abs, config.sample.mesh.values()))
     kinds = dict(seconds_per_step=given.seconds_per_step, devices=devices)
     summary = summarise(checked, size_bytes, **kinds)
-    out = report.open_folder(given.out)
+    out = open_folder(given.out)
     report.write_text(out / "check.json", json.dumps(summary, indent=1) + "\n")
     print(describe_check(checked, summary))
     return SOME_FAILED if summary["bad"] else 0

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cityrag_jax.files import open_folder
+
 BEAT_S = 5.0
 PATIENCE_S = 60.0
 LOCK = "lock"  # the folder in a folder whose lease says who works there
@@ -139,6 +141,7 @@ class FolderLock:
         Raises ValueError if it does.
         """
         self._made = not self.folder.exists()
+        open_folder(self.folder)
         leases = Leases(self.folder / LOCK)
         first = leases.touched(LOCK)
         while not leases.take(LOCK):

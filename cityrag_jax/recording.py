@@ -70,6 +70,7 @@ class Recording:
         self._burnt = describe_origin(job)["copyright"] if burn else ""
         self._lock = FolderLock(self.out)
         self._growing: JoinedVideo | None = None
+        self._began = False
         self.count = 0
 
     def __enter__(self) -> "Recording":
@@ -85,6 +86,8 @@ class Recording:
         if is_writer():
             if self._growing is not None:
                 self._growing.close()
+            if self._began and not self.count:  # nothing came of it
+                self._clean()
             self._lock.release()
 
     @property
@@ -126,7 +129,6 @@ class Recording:
         return next(n for n in numbers if not self._clip(n).exists())
 
     def _claim(self) -> None:
-        report.open_folder(self.out)
         self._lock.take()
         job, sidecar = self.out / JOB, self.out / SIDECAR
         if sidecar.exists():
@@ -141,6 +143,7 @@ class Recording:
             )
         else:
             report.write_text(job, json.dumps(self.identity, indent=1) + "\n")
+            self._began = True
 
     def _compare(self, stored: dict[str, Any]) -> None:
         differ = report.describe_differences(stored, self.identity)

@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import tempfile
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -23,23 +22,6 @@ QUALITIES = (90, 80, 70, 60, 50, 40, 30, 20, 10)  # of animations, best first
 
 Image = UInt8[np.ndarray, "H W 3"]
 Video = UInt8[np.ndarray, "T H W 3"]
-
-
-def open_folder(path: Path | str) -> Path:
-    """Make a folder and try to write there, before anything is computed for it.
-
-    Raises ValueError where that fails.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written to ({error.strerror}); choose another folder."
-        ) from error
-    return path
 
 
 def write_text(path: Path, text: str) -> None:

@@ -126,7 +126,6 @@ class Table:
         return min(map(count_clips, self.scores.values()), default=0)
 
     def _open(self) -> None:
-        report.open_folder(self.folder)
         self._lock.take()
         path = self.folder / TABLE
         if not path.exists():

@@ -26,6 +26,7 @@ from cityrag_jax.data.pairs import PAIRS, Pairs, load_pairs
 from cityrag_jax.data.paths import read_path
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import write_image, write_video
+from cityrag_jax.files import open_folder
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.grounding import WAYS, Views, ground_path
 from cityrag_jax.geo.matching import Costs, Match, match_path
@@ -250,7 +251,7 @@ def _day(days: float) -> str:
 COMMAND = Command(__doc__)
 COMMAND.needs("--city", help="city folder, as tools/build_city.py writes it")
 COMMAND.takes("--path", help="path file, as generate takes it")
-COMMAND.needs("--out", help="folder to write to")
+COMMAND.makes("--out", help="folder to write to")
 COMMAND.takes("--retrieval", choices=WAYS, default=WAYS[0], help="of the views")
 COMMAND.takes(
     "--radius-m", type=float, default=Costs.radius_m, help="how far a capture may be"
@@ -267,7 +268,7 @@ def main(given: argparse.Namespace) -> None:
     """Write and print what the city holds, and what it holds along the path."""
     if given.rerun:
         import_rerun()  # before anything takes time
-    out = report.open_folder(given.out)
+    out = open_folder(given.out)
     city = City(given.city)
     print(describe_city(survey_city(city, out)))
     if given.path:

@@ -372,7 +372,7 @@ GRACE = "seconds that a scheduler grants from SIGTERM to SIGKILL: warn if too fe
 
 COMMAND = Command(__doc__)
 COMMAND.needs_config()
-COMMAND.needs("--workdir", help="folder of this training; the same one goes on with it")
+COMMAND.makes("--workdir", help="folder of this training; the same one goes on with it")
 COMMAND.takes("--profile", metavar="A:B", help="trace updates A to B, counted from 1")
 COMMAND.takes("--grace-s", type=float, default=0.0, help=GRACE)
 COMMAND.switch("--distributed", DISTRIBUTED)

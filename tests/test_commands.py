@@ -15,6 +15,7 @@ import pytest
 from cityrag_jax import sampling
 from cityrag_jax.commands import Command, change_config, load_config
 from cityrag_jax.commands.config_files import flatten, unused_meanings
+from cityrag_jax.files import open_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOY = str(ROOT / "configs" / "toy_city.py")
@@ -39,7 +40,7 @@ def command_of(name: str) -> Command:
 def command():
     made = Command("Make something:\n\n    python -m make --out=DIR")
     made.needs_config()
-    made.needs("--out", help="folder to write to")
+    made.makes("--out", help="folder to write to")
     made.takes("--max-size", type=int, default=3, help="of it")
     made.switch("--fast", "not slow")
     return made
@@ -178,6 +179,25 @@ def test_what_our_code_refuses_ends_with_2_and_one_line(command, capsys, tmp_pat
 
     code, said = end_of(command, miss, capsys)
     assert code == 2 and f"{tmp_path}/none: No such file" in said
+
+
+@pytest.mark.parametrize("name", (*DOORS, *TOOLS))
+def test_what_a_command_writes_to_is_not_left_empty(name, monkeypatch, tmp_path):
+    """Whatever is refused behind the opened folder: it and those above it go."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    command = command_of(name)
+    options = command._parser._option_string_actions
+    named = [word for word in ("out", "workdir") if f"--{word}" in options]
+    given = argparse.Namespace(debug=False, **{a: tmp_path / "x" / a for a in named})
+
+    def refuse(given):
+        for path in map(given.__getattribute__, named):
+            open_folder(path)
+        sampling.Sampler(without=("weather",))
+
+    monkeypatch.setattr(command, "parse", lambda _: given)
+    assert command.call(refuse) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fault_inside_sampling_is_an_internal_error_not_bad_input(

@@ -14,6 +14,7 @@ from test_train import get_config
 
 from cityrag_jax import generate as door
 from cityrag_jax import leases as leasing
+from cityrag_jax.checkpoint import Damaged
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import write_image
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
@@ -267,8 +268,19 @@ def test_what_is_wrong_with_the_model_stops_all_and_fails_no_job(
     with pytest.raises(ValueError, match="holds no model"):
         run_jobs(JobsFolder(tmp_path, lines, {"weights": "x"}), [model], lambda: False)
     assert status(tmp_path)["waiting"] == 1 and not status(tmp_path)["failed"]
-    with pytest.raises(ValueError, match="weights is 'x' there, 'y' here"):
-        JobsFolder(tmp_path, lines, {"weights": "y"})
+    right = painted.made_by()  # nothing was made: the corrected command may go on
+
+    def damaged(request):
+        raise Damaged("block_001 is damaged")
+
+    painted.serve = damaged  # networks are read when the first clip wants them
+    with pytest.raises(Damaged):
+        run(tmp_path, lines, painted)
+    assert status(tmp_path)["waiting"] == 1 and not status(tmp_path)["failed"]
+    painted.serve = lambda request: painted.painter
+    assert not run(tmp_path, lines, painted, stopped=after(2))
+    with pytest.raises(ValueError, match="weights is 'painter' there, 'y' here"):
+        JobsFolder(tmp_path, lines, right | {"weights": "y"})
 
 
 def test_a_list_is_checked_without_weights(city, painted):

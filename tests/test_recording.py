@@ -179,6 +179,15 @@ def test_a_folder_without_a_clip_takes_the_corrected_command(job, tmp_path):
     assert "damaged" not in (tmp_path / "job.json").read_text()
 
 
+def test_what_ends_before_its_first_clip_leaves_nothing(job, tmp_path):
+    """Weights that are damaged, say; behind a clip all stays."""
+    begun = Recording(tmp_path / "new", job, FACTS, fps=10.0)
+    with pytest.raises(ZeroDivisionError), begun:
+        assert [path.name for path in begun.out.iterdir()] == ["lock", "job.json"]
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_video_of_unknown_origin_is_left_alone(job, tmp_path):
     (tmp_path / "video.mp4").write_text("somebody's")
     with pytest.raises(ValueError, match="holds a video.mp4, but no generate.json"):

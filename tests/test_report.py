@@ -45,15 +45,6 @@ def test_sheets_fill_rows_and_maps_are_written(tmp_path, rng):
     assert read_image(path).shape == (600, 600, 3)
 
 
-def test_a_folder_is_made_and_left_empty_or_refused(tmp_path):
-    made = report.open_folder(tmp_path / "a" / "b")
-    assert made.is_dir() and not list(made.iterdir())
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=f"{path} cannot be written to .*another"):
-            report.open_folder(path)
-
-
 def test_text_replaces_what_was_there(tmp_path):
     for text in ("long before", "now"):
         report.write_text(tmp_path / "table.md", text)

@@ -463,7 +463,9 @@ COMMAND.takes("--peer", choices=["diffusers"], help="time it beside ours")
 COMMAND.takes("--size", choices=sorted(SIZES), default="full", help="of everything")
 COMMAND.takes("--repeats", type=int, default=5, help="timed calls")
 COMMAND.takes("--timeout", type=float, default=900, help="seconds for a part")
-COMMAND.takes("--out", type=Path, help="JSON file, rewritten after every part")
+COMMAND.makes(
+    "--out", needed=False, type=Path, help="JSON file, rewritten after every part"
+)
 COMMAND.takes("--worker", choices=sorted(WORKERS), help=argparse.SUPPRESS)
 
 

@@ -77,7 +77,7 @@ COMMAND.takes(
 )
 COMMAND.takes("--toy", choices=sorted(ANCHORS), help="render this toy city")
 COMMAND.takes("--mine", type=Path, help="mine pairs of this city on disk")
-COMMAND.takes("--out", type=Path, help="folder of the new city")
+COMMAND.makes("--out", needed=False, type=Path, help="folder of the new city")
 COMMAND.takes(
     "--height",
     type=int,

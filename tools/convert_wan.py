@@ -38,7 +38,7 @@ from cityrag_jax.convert.bundle import (
 
 COMMAND = Command(__doc__)
 COMMAND.takes("--source", type=Path, help="folder of published weights")
-COMMAND.needs("--out", type=Path, help="folder to make")
+COMMAND.makes("--out", type=Path, help="folder to make")
 COMMAND.takes(
     "--dtype",
     choices=("bfloat16", "float32", "int8"),

@@ -26,7 +26,7 @@ from cityrag_jax.training.start import open_encoders, read_start
 
 COMMAND = Command(__doc__)
 COMMAND.needs_config()
-COMMAND.needs("--out", type=Path, help="folder of the latents")
+COMMAND.makes("--out", type=Path, help="folder of the latents")
 COMMAND.takes(
     "--augmentations", type=int, default=1, help="how often each pair is drawn"
 )

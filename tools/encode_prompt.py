@@ -19,7 +19,9 @@ from cityrag_jax.convert.prompt import encode_prompts
 COMMAND = Command(__doc__)
 COMMAND.needs("--source", type=Path, help="checkpoint folder")
 COMMAND.needs("--prompt", help="may be empty")
-COMMAND.takes("--out", type=Path, default=Path("text.npy"), help="file to write")
+COMMAND.makes(
+    "--out", needed=False, type=Path, default=Path("text.npy"), help="file to write"
+)
 COMMAND.takes(
     "--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in"
 )

@@ -20,7 +20,7 @@ from cityrag_jax.convert.names import NAMINGS
 
 COMMAND = Command(__doc__)
 COMMAND.needs("--checkpoint", type=Path, help="converted folder or training workdir")
-COMMAND.needs("--out", type=Path, help="new or empty folder; of --lora a file")
+COMMAND.makes("--out", type=Path, help="new or empty folder; of --lora a file")
 COMMAND.needs("--naming", choices=NAMINGS, help="of the tensors")
 COMMAND.switch("--base-only", "Wan without branches")
 COMMAND.switch("--lora", "the adapters alone")

@@ -22,7 +22,7 @@ from cityrag_jax.importers.services import SERVICES, count_passes, open_service
 from cityrag_jax.importers.web import Client
 
 COMMAND = Command(__doc__)
-COMMAND.needs("--out", type=Path, help="folder of the listing")
+COMMAND.makes("--out", type=Path, help="folder of the listing")
 COMMAND.takes("--source", choices=SERVICES, default=SERVICES[0], help="who is asked")
 COMMAND.takes("--bbox", help="WEST,SOUTH,EAST,NORTH in degrees")
 COMMAND.takes("--collection", help="of panoramax: ids of sequences, by commas")

@@ -30,7 +30,7 @@ COMMAND.needs("--image", type=Path, help="the photo")
 COMMAND.takes("--place", metavar="LAT,LON", help="where it was taken; else its tags")
 COMMAND.takes("--fov-deg", type=float, help="of the photo, horizontal; else its tags")
 COMMAND.takes("--radius-m", type=float, default=15.0, help="how far captures may be")
-COMMAND.takes("--out", type=Path, help="picture to write: photo and view")
+COMMAND.makes("--out", needed=False, type=Path, help="picture to write: photo and view")
 
 
 def main(given: argparse.Namespace) -> None:

@@ -139,7 +139,7 @@ def draw_normal(model: nnx.Module, seed: int = 0) -> nnx.Module:
 
 COMMAND = Command(__doc__)
 COMMAND.takes("--checkpoint", type=Path, help="model folder or training workdir")
-COMMAND.takes("--out", type=Path, help="folder to make")
+COMMAND.makes("--out", needed=False, type=Path, help="folder to make")
 COMMAND.switch("--random-14b", "only measure, a random block")
 COMMAND.takes("--dim", type=int, default=5120, help="of the random block")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from cityrag_jax.commands import Command
 
 COMMAND = Command(__doc__)
-COMMAND.needs("--out", type=Path, help="folder for cities, trainings, weights, logs")
+COMMAND.makes("--out", type=Path, help="folder for cities, trainings, weights, logs")
 COMMAND.takes("--updates", type=int, default=30_000, help="of the transformer")
 COMMAND.takes(
     "--start",

@@ -36,6 +36,7 @@ from cityrag_jax.commands.config_files import (
     load_config,
     nearest,
 )
+from cityrag_jax.files import made_for_use
 
 PACKAGE = str(Path(__file__).parents[1])
 ROOT = str(Path(__file__).parents[2])
@@ -63,6 +64,7 @@ class Command:
         self._needed = self._parser.add_argument_group("needed")
         self._optional = self._parser.add_argument_group("options")
         self._has_config = False
+        self._made: list[str] = []
 
     def needs_config(self) -> None:
         """Add --config and --config.section.key; `given.config` is a ConfigDict."""
@@ -84,6 +86,11 @@ class Command:
         if default not in (None, "", [], ()):
             kinds["help"] = f"{kinds['help']} (default: {_listed(default)})"
         self._optional.add_argument(name, **kinds)
+
+    def makes(self, name: str, *, needed: bool = True, **kinds: Any) -> None:
+        """Add an option that names what to write: made for nothing, it goes again."""
+        (self.needs if needed else self.takes)(name, **kinds)
+        self._made.append(name.strip("-").replace("-", "_"))
 
     def switch(self, name: str, help: str) -> None:
         """Add an option that is on when it is named; =false turns it off."""
@@ -130,13 +137,20 @@ class Command:
         """Parse, call, and give the exit code; say in a line what went wrong."""
         given = self.parse(arguments)
         if given.debug:
-            return main(given) or 0
+            return self._make(main, given)
         try:
-            return main(given) or 0
+            return self._make(main, given)
         except KeyboardInterrupt:
             return _say("stopped.", STOPPED)
         except Exception as error:
             return _say(*describe_error(error))
+
+    def _make(self, main, given: argparse.Namespace) -> int:
+        """Call, and leave no empty folder where nothing came of it."""
+        with contextlib.ExitStack() as made:
+            for path in filter(None, (getattr(given, name) for name in self._made)):
+                made.enter_context(made_for_use(path))
+            return main(given) or 0
 
     def _finish(self) -> None:
         """Add, once and last, what every command takes."""

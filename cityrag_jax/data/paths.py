@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from cityrag_jax.data.store import City
+from cityrag_jax.files import named
 from cityrag_jax.geo.camera_files import parse_cameras, place_cameras
 from cityrag_jax.geo.ecef import ecef_from_geodetic
 from cityrag_jax.geo.matching import fill_heights
@@ -92,7 +93,8 @@ def read_words(path: Path) -> str:
             f"{path} does not exist; give a path as .{', .'.join(SUFFIXES)}, "
             ".txt, .tum or .npy."
         )
-    content = path.read_bytes()
+    with named(path):
+        content = path.read_bytes()
     code = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return content.decode(code)

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from cityrag_jax import report
-from cityrag_jax.files import named
+from cityrag_jax.files import named, open_folder
 from cityrag_jax.jobs.lines import JobLine
 from cityrag_jax.leases import LOCK, Leases
 from cityrag_jax.parallel import on_writer
+from cityrag_jax.recording import CLIPS
 
 RUN, STATUS, LINE = "run.json", "status.json", "line.json"
 
@@ -49,11 +50,13 @@ class JobsFolder:
         on_writer(lambda: self._open(json.loads(json.dumps(made_by))))
 
     def _open(self, made_by: dict[str, Any]) -> None:
-        report.open_folder(self.out)
+        open_folder(self.out)
         for folder in (self.videos, self.failed, self._work, self._logs):
             folder.mkdir(exist_ok=True)
-        self._claim(made_by)
         self.leases = Leases(self.out / "leases")
+        if not self._has_begun():  # who was refused may have been here
+            (self.out / RUN).unlink(missing_ok=True)
+        self._claim(made_by)
 
     def next(self) -> tuple[int | None, bool]:
         """Take the lease of the first job that is open: its place in the list.
@@ -183,6 +186,12 @@ class JobsFolder:
     def _settle(self, line: JobLine, outcome: str) -> None:
         self._settled[line.name] = outcome
         self.leases.release(line.name, settled=True)
+
+    def _has_begun(self) -> bool:
+        """Say whether anything was made here, or is about to be."""
+        made = (*self.videos.iterdir(), *self.failed.iterdir())
+        clips = self._work.glob(f"*/{CLIPS}")
+        return any(made) or any(clips) or bool(self.leases.holders())
 
     def _claim(self, made_by: dict[str, Any]) -> None:
         file = self.out / RUN

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cityrag_jax.checkpoint import identify_model
+from cityrag_jax.checkpoint import Damaged, identify_model
 from cityrag_jax.commands.command import describe_error, is_refusal
 from cityrag_jax.data.store import City
 from cityrag_jax.generator import Generator, open_generator, with_text
@@ -143,8 +143,8 @@ class Worker:
         except (ValueError, FloatingPointError, OSError) as error:
             if self._is_lost(line):  # what another process does now is no fault
                 whole = False
-            elif isinstance(error, OSError) or not is_refusal(error):
-                raise
+            elif isinstance(error, OSError | Damaged) or not is_refusal(error):
+                raise  # of the disk, the weights or this program: of all jobs
             else:
                 self._fail(line, str(error))
                 return
