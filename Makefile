@@ -31,13 +31,19 @@ help:
 	$(RUN) -c "$(LIBTPU)" | xargs .venv/bin/pip install --quiet --no-deps --target .venv/tpu
 	touch $@
 
+# Beam asks for older packages than the tests do.
+.venv/installed-beam: pyproject.toml
+	$(PYTHON) -m venv .venv/beam
+	.venv/beam/bin/pip install --quiet --editable '.[beam]'
+	touch $@
+
 demo: .venv/installed
 	$(RUN) -m cityrag_jax.demo --out=$(DEMO)
 
 test: .venv/installed-tests
 	$(PYTEST)
 
-test-long: .venv/installed-tests
+test-long: .venv/installed-tests .venv/installed-beam
 	$(PYTEST) -m long
 
 test-faults: .venv/installed-tests

@@ -30,7 +30,7 @@ def test_a_city_is_appended_to_killed_and_resumed(tmp_path, monkeypatch, capsys)
     photograph(photos / "morning", DRIVES[0], MORNING)
     photograph(photos / "evening", DRIVES[1], EVENING)
     command = ("--source=folder", f"--from={photos}", f"--out={out}", *WHOSE)
-    build(*command, "--num-frames=9", "--held-out-fraction=1")
+    build(*command, "--num-frames=9", "--held-out-fraction=1", "--spacing-m=1")
     before, old_files = City(out), files_of(out)
     old_ids = before.provenance.id.to_pylist()
     crop = dict(height=16, width=16, fov_deg=65.0)
@@ -89,6 +89,13 @@ def test_a_city_is_appended_to_killed_and_resumed(tmp_path, monkeypatch, capsys)
         photograph(other / "more", FAR[0][:9], MORNING + 5000)
         (other / "morning").rename(tmp_path / "morning")
         build(*command[:1], f"--from={other}", *command[2:], "--append", "--height=32")
+    # What is appended keeps the city's spacing, as if imported with it.
+    with pytest.raises(ValueError, match="with --spacing-m=1, not 2: leave it out"):
+        build(*command, "--append", "--spacing-m=2")
+    sparse = tmp_path / "sparse"
+    photograph(sparse / "later", synthetic.line([9, 0, 2], 0, 8, 5.0), MORNING)
+    with pytest.raises(ValueError, match="5 m apart, wider than the 1 m wanted"):
+        build(*command[:1], f"--from={sparse}", *command[2:], "--append")
     assert len(City(out)) == 96
 
 

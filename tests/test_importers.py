@@ -13,6 +13,7 @@ import tagged_pictures as tagged
 from cityrag_jax import survey
 from cityrag_jax.data import shards
 from cityrag_jax.data.masks import hide
+from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.levelling import fit_panorama
@@ -192,13 +193,14 @@ def test_processes_side_by_side_write_the_same_bytes(
     shared, words = tmp_path / "munich", ["--source=folder", f"--from={photos}", *SHORT]
     build(*words, f"--out={shared}", "--workers=2")
     same_files(city.folder, shared, files=5)
-    with pytest.raises(ValueError, match="--workers=0 shares an import"):
+    with pytest.raises(ValueError, match="--workers=0: give 1 or more"):
         build(*words, f"--out={tmp_path / 'x'}", "--workers=0")
 
 
-def same_files(left, right, files):
-    """Hold two cities' files equal, `files` of them of tiles."""
+def same_files(left, right, files, but=""):
+    """Hold two cities' files equal, `files` of them of tiles, `but` those of a kind."""
     written = [p.relative_to(left) for p in sorted(left.rglob("*")) if p.is_file()]
+    written = [path for path in written if path.suffix != but]
     assert sum("array_record-" in path.name for path in written) == files
     for path in written:
         assert (right / path).read_bytes() == (left / path).read_bytes(), path
@@ -401,6 +403,46 @@ def test_streets_of_equal_length_become_neighbourhoods():
     assert numbers.max() == 3
     with pytest.raises(ValueError, match="9 neighbourhoods of 1 places"):
         cluster_places(np.zeros((5, 3)), 9)
+
+
+def test_districts_of_a_file_are_the_neighbourhoods(photos, tmp_path, capsys):
+    """Given while importing, or later; the southern half, less a hole, is held out."""
+
+    def square(west, south, east, north):
+        corners = [(west, south), (east, south), (east, north), (west, north)]
+        enu = [ecef_from_enu(*synthetic.ANCHOR) @ (*c, 0.0, 1.0) for c in corners]
+        latitude, longitude, _ = geodetic_from_ecef(np.array(enu)[:, :3])
+        return np.stack([longitude, latitude], -1).tolist()
+
+    path, out = tmp_path / "parts.geojson", tmp_path / "munich"
+    south = {"type": "Polygon", "coordinates": [square(-9, -99, 9, -9.5)]}
+    north = [[square(-9, -9.5, 9, 99)], [square(90, 0, 99, 9)]]
+    shapes = [south, {"type": "MultiPolygon", "coordinates": north}]
+    features = [{"type": "Feature", "geometry": shape} for shape in shapes]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    words = ["--source=folder", f"--from={photos}", f"--out={out}", *WHOSE]
+    limits = ["--num-frames=5", "--min-condition=3", "--buffer-m=1", "--held-out=0"]
+    build(*words, *limits, f"--districts={path}")
+    city, pairs = City(out), load_pairs(out)
+    north_m = (
+        np.linalg.inv(ecef_from_enu(*synthetic.ANCHOR)) @ city.captures.ecef_from_camera
+    )[:, 1, 3]
+    np.testing.assert_array_equal(city.captures.neighbourhood, north_m > -9.5)
+    held = city.captures.neighbourhood[pairs.evaluation.start_a]
+    assert len(held) and not held.any() and len(pairs.training)
+    assert "2 neighbourhoods" in capsys.readouterr().out
+    south["coordinates"].append(square(-9, -15.5, 9, -12.5))
+    path.write_text(json.dumps(south))
+    build(f"--mine={out}", *limits[:3], "--held-out-fraction=0", f"--districts={path}")
+    inside = (north_m < -9.5) & ((north_m < -15.5) | (north_m > -12.5))
+    np.testing.assert_array_equal(City(out).captures.neighbourhood, ~inside)
+    path.write_text(json.dumps(square(0, 0, 1, 1)))
+    with pytest.raises(ValueError, match="parts.geojson is no GeoJSON object"):
+        build(f"--mine={out}", f"--districts={path}")
+    far = {"type": "Polygon", "coordinates": [[[48, 11], [49, 11], [49, 12]]]}
+    path.write_text(json.dumps(far))
+    with pytest.raises(ValueError, match=r"around \[11.575.*puts longitude first"):
+        build(f"--mine={out}", f"--districts={path}")
 
 
 def test_masked_parts_are_blurred_before_they_are_written(tmp_path):

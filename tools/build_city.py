@@ -14,9 +14,9 @@ are taken by distance along the track; when it began is found by speed, or
 --clock-offset-s says how far its clock is off. Services are asked once: what they list
 and their pictures are kept in --from, by default beside the city. Killed, the same
 command goes on. With --append what the city at --out does not hold is added to it: its
-files stay, pairs are mined again with the limits that they were mined with, and what
-was held out stays so; until all is done the city is as it was. Toy cities are rendered;
-sizes of their plan given one by one override the preset.
+files stay, its spacing is kept, pairs are mined again with the limits that they were
+mined with, and what was held out stays so; until all is done the city is as it was. Toy
+cities are rendered; sizes of their plan given one by one override the preset.
 """
 
 import argparse
@@ -25,11 +25,12 @@ import os
 from pathlib import Path
 
 from cityrag_jax.commands import Command
+from cityrag_jax.data.beam import by_beam, import_beam
 from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
-from cityrag_jax.data.shards import in_processes
+from cityrag_jax.data.shards import Spread, in_processes
 from cityrag_jax.data.store import City
-from cityrag_jax.importers.cities import Making, describe_import
+from cityrag_jax.importers.cities import Making, describe_import, keep_spacing
 from cityrag_jax.importers.film import Source as Film
 from cityrag_jax.importers.film import import_film
 from cityrag_jax.importers.folder import Source, import_folder
@@ -56,10 +57,19 @@ LIMITS = {
     "min_gap_s": "between a pair's drives",
     "max_turn_deg": "between a pair's courses",
     "max_step_m": "between captures of a clip",
+    "max_back_m": "by which a drive may go back, as noise does",
     "max_offset_m": "in height between two drives throughout",
     "max_height_m": "in height beside that",
     "buffer_m": "between training and what is held out; toy 0, else 100",
 }
+
+COUNTS = ("num_frames", "held_out_fraction", "held_out", "stride", "min_condition")
+
+
+def read_numbers(text: str) -> tuple[int, ...]:
+    """Read whole numbers, separated by commas."""
+    return tuple(map(int, text.split(",")))
+
 
 COMMAND = Command(__doc__)
 COMMAND.takes(
@@ -85,11 +95,17 @@ COMMAND.takes(
 COMMAND.takes("--num-frames", type=int, help="of a clip; toy 33, else 73")
 COMMAND.takes("--held-out-fraction", type=float, help="toy 0.25, else 0.1")
 COMMAND.takes("--stride", type=int, help="between windows that may be pairs, captures")
+COMMAND.takes("--min-condition", type=int, help="captures left in a pair's other drive")
+COMMAND.takes(
+    "--held-out", type=read_numbers, help="neighbourhoods, by commas; else a fraction"
+)
+COMMAND.takes(
+    "--districts", type=Path, help="GeoJSON polygons that are the neighbourhoods"
+)
 for name, meaning in LIMITS.items():
     COMMAND.takes(f"--{name.replace('_', '-')}", type=float, help=meaning)
-COMMAND.takes(
-    "--workers", type=int, help="processes that import side by side; else one"
-)
+COMMAND.takes("--workers", type=int, help="processes of an import, else one")
+COMMAND.takes("--beam", metavar="OPTIONS", help="import by Apache Beam: its options")
 COMMAND.takes("--quality", type=int, default=90, help="of the JPEG tiles")
 COMMAND.switch("--append", "add what --out does not hold to the city there")
 COMMAND.switch("--overwrite", "replace the city that stands at --out")
@@ -138,28 +154,26 @@ for name, meaning in PLAN.items():
 def main(given: argparse.Namespace) -> None:
     """Build a city or mine one, and say what came of it."""
     keep_compilations()
-    if given.workers is not None and not (given.source and given.workers > 0):
-        raise ValueError(
-            f"--workers={given.workers} shares an import among 1 processes or more, "
-            "with --source; toy cities are rendered in one."
-        )
+    spread = read_spread(given)
     if given.append and not given.source:
         raise ValueError("--append needs --source: toy cities are rendered whole.")
     if sum(way is not None for way in (given.toy, given.mine, given.source)) != 1:
         raise ValueError("Give one of --source=NAME, --toy=NAME and --mine=DIR.")
     limits = {
         name: getattr(given, name)
-        for name in ("num_frames", "held_out_fraction", "stride", *LIMITS)
+        for name in (*COUNTS, *LIMITS)
         if getattr(given, name) is not None
     }
+    if given.districts and given.toy:
+        raise ValueError("--districts needs --source or --mine: a toy has its own.")
     if given.mine:
         folder = given.mine
-        mine_city(folder, **limits)
+        mine_city(folder, districts=given.districts, **limits)
     elif given.out is None:
         raise ValueError("--toy and --source need --out=DIR.")
     else:
-        make = build_toy if given.toy else build_from_pictures
-        city = make(given, limits)
+        make = functools.partial(build_from_pictures, spread=spread)
+        city = (build_toy if given.toy else make)(given, limits)
         folder = city.folder
         print(f"{city.name}: {len(city)} panoramas in {folder}")
     if not (folder / PAIRS).exists():
@@ -171,31 +185,51 @@ def main(given: argparse.Namespace) -> None:
     )
 
 
-def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
+def read_spread(given: argparse.Namespace) -> Spread:
+    """Say who makes the files of an import."""
+    if given.workers is None and given.beam is None:
+        return map
+    if not given.source or (given.workers is not None and given.beam is not None):
+        raise ValueError(
+            "--workers and --beam, one of them, share an import (--source); toy cities "
+            "are rendered in one process."
+        )
+    if given.beam is not None:
+        import_beam()  # before anything takes time
+        return functools.partial(by_beam, given.beam)
+    if given.workers < 1:
+        raise ValueError(f"--workers={given.workers}: give 1 or more.")
+    return functools.partial(in_processes, given.workers) if given.workers > 1 else map
+
+
+def build_from_pictures(
+    given: argparse.Namespace, limits: dict, spread: Spread
+) -> City:
     """Import pictures, and mine their pairs where there are any."""
-    cuts = Cuts(
-        given.gap_s,
-        given.gap_m,
-        given.spacing_m,
-        given.headings,
-        given.mount_deg,
-        given.declination_deg,
-        given.neighbourhoods,
-    )
+    spacing_m = given.spacing_m
     if given.append:
         if given.overwrite or not given.out.exists():
             raise ValueError(
                 f"--append adds to a city: {given.out} must be one, and stay."
             )
         limits = read_rules(given.out) | limits
+        spacing_m = keep_spacing(given.out, spacing_m)
+    cuts = Cuts(
+        given.gap_s,
+        given.gap_m,
+        spacing_m,
+        given.headings,
+        given.mount_deg,
+        given.declination_deg,
+        given.neighbourhoods,
+    )
 
     def finish(folder: Path) -> None:
         try:
-            mine_city(folder, **limits)
+            mine_city(folder, districts=given.districts, **limits)
         except ValueError as error:  # good for a video, though not for training
             print(f"  no pairs to train on: {error}")
 
-    workers = given.workers or 1
     making = Making(
         given.out.name,
         given.height,
@@ -203,9 +237,9 @@ def build_from_pictures(given: argparse.Namespace, limits: dict) -> City:
         cuts,
         given.blur_masks,
         given.append,
-        spread=functools.partial(in_processes, workers) if workers > 1 else map,
-        threads=max(1, (os.cpu_count() or 1) // workers),
-        finish=finish,
+        spread,
+        max(1, (os.cpu_count() or 1) // (given.workers or 1)),
+        finish,
     )
     bring = import_listed if given.source in SERVICES else import_owned
     city, report = bring(given, making)

@@ -90,6 +90,11 @@ class Job:
         write_whole(self._note(number), json.dumps(_write_file(path, part)))
         return number
 
+    @property
+    def pickled(self) -> Path:
+        """Where the job itself lies for processes of other machines, if it does."""
+        return self.folder / "job.pickle"
+
     def missing(self) -> list[int]:
         """List the files that are still to be made."""
         numbers = range(len(self.files))
@@ -101,7 +106,8 @@ class Job:
         return [json.loads(self._note(n).read_text()) for n in numbers]
 
     def forget(self) -> None:
-        """Remove the notes."""
+        """Remove all but the files."""
+        self.pickled.unlink(missing_ok=True)
         for number in range(len(self.files)):
             self._note(number).unlink()
 

@@ -49,6 +49,7 @@ class Recording:
 
     `load` gives, for some of the names, what reads each: it is called in that order,
     the readers in threads. `skipped` names by reason what was left out before.
+    `spacing_m` is the distance by which they were taken, 0 if not by distance.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Recording:
     load: Callable[[list[str]], Iterator[Load]]
     notes: list[str]
     skipped: dict[str, list[str]]
+    spacing_m: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +166,11 @@ def make_city(
         if lost:
             report["skipped"][f"{len(lost)} not decoded"] = lost
         report["pictures"] = len(captures) - len(lost)
-        _write_report(folder, report, out if old else None)
         if making.finish:
             making.finish(folder)
+        parts = np.unique(City(folder).captures.neighbourhood)
+        report["neighbourhoods"] = len(parts)
+        _write_report(folder, report, out if old else None)
 
     origins = _provenance(shots)
     with Progress(f"importing {making.name}", len(shots), "pano") as bar:
@@ -180,6 +184,20 @@ def make_city(
             old, header, captures, pictures, provenance=origins, how=how
         )
         return grown, report
+
+
+def keep_spacing(folder: Path, asked_m: float) -> float:
+    """Give the spacing of what is to be appended to a city: the city's own.
+
+    ValueError for another one: clips would be as long as their drive was dense.
+    """
+    spacing_m = City(folder).header.generator.get("spacing_m", 0.0)
+    if asked_m and spacing_m and asked_m != spacing_m:
+        raise ValueError(
+            f"{folder} was made with --spacing-m={spacing_m:g}, not {asked_m:g}: leave "
+            "it out to append by the same, or build the city anew."
+        )
+    return asked_m or spacing_m
 
 
 def _left_over(recording: Recording, city: City) -> Recording:
@@ -261,6 +279,7 @@ def _header(making: Making, captures: Captures, recording: Recording) -> CityHea
         "import": recording.kind,
         "jpeg_quality": making.quality,
         "cuts": dataclasses.asdict(making.cuts),
+        "spacing_m": recording.spacing_m or making.cuts.spacing_m,
     }
     licences, _ = tabulate([origin.licence for origin in shots.origins])
     attributions, _ = tabulate([origin.attribution for origin in shots.origins])

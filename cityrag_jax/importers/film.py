@@ -85,6 +85,7 @@ def import_film(
         )
     notes.append(f"frames taken every {spacing_m:g} m along the track")
     recording = _record(parts, source.origin, notes, skipped)
+    recording = dataclasses.replace(recording, spacing_m=spacing_m)
     cuts = dataclasses.replace(making.cuts, spacing_m=0.0)  # thinned they are
     making = dataclasses.replace(making, cuts=cuts)
     return make_city(recording, making, out, overwrite=overwrite)

@@ -132,7 +132,6 @@ def make_captures(
     report = {
         "captures": len(kept),
         "drives": len(np.unique(numbers)),
-        "neighbourhoods": int(captures.neighbourhood.max()) + 1,
         "heights": heights,
         "by_drive": facts,
         "skipped": {reason: names for reason, names in dropped.items() if names},
