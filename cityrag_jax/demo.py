@@ -19,13 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 from jaxtyping import Float64, UInt8
 from ml_collections import ConfigDict
 
 from cityrag_jax import report
 from cityrag_jax.batch import Clip
-from cityrag_jax.checkpoint import identify_model
+from cityrag_jax.checkpoint import hush_writers, identify_model
 from cityrag_jax.commands import Command, find_shipped, load_config
 from cityrag_jax.data.pairs import load_pairs
 from cityrag_jax.data.paths import read_path
@@ -228,7 +227,7 @@ COMMAND.takes(
 def main(given: argparse.Namespace) -> None:
     """Run every step, saying what it does and how long it took."""
     out, seeds, began = open_folder(given.out), given.photo_seeds, time.time()
-    logging.set_verbosity(logging.ERROR)
+    hush_writers()
     keep_compilations()
     config, weights = load_config(CONFIG).unlock(), find_shipped(given.weights)
 

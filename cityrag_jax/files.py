@@ -1,10 +1,16 @@
-"""Files and folders that appear whole or not at all, and errors that name them."""
+"""Files and folders that appear whole or not at all, errors that name them, and who
+of this machine's processes still lives to finish what it began."""
 
 import contextlib
+import errno
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# What libraries that write by themselves tell in words, as RuntimeErrors.
+TOLD = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -12,6 +18,11 @@ def named(path: Path | str) -> Iterator[None]:
     """Let an OSError name this file: one of writing knows none, as of a full disk."""
     try:
         yield
+    except RuntimeError as error:
+        for number in TOLD:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     except OSError as error:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
@@ -63,3 +74,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_running(pid: int | None) -> bool:
+    """Say whether another process of this machine has that number."""
+    if pid is None or pid == os.getpid():  # a container gives the same to its next one
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def machine() -> str:
+    """Name what process numbers count in: a boot, and a container of it."""
+    told = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        told.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(told)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cityrag_jax.files import open_folder
+from cityrag_jax.files import is_running, machine, open_folder
 
 BEAT_S = 5.0
 PATIENCE_S = 60.0
@@ -104,7 +104,7 @@ class Leases:
         owner, touched = _read_owner(file)
         if owner.get("released"):
             return True
-        if owner.get("machine") == _machine() and not is_running(owner.get("pid")):
+        if owner.get("machine") == machine() and not is_running(owner.get("pid")):
             return True
         now = time.monotonic()
         before, since = self._seen.get(file, (None, now))
@@ -166,21 +166,8 @@ class FolderLock:
             self._leases = None
 
 
-def is_running(pid: int | None) -> bool:
-    """Say whether another process of this machine has that number."""
-    if pid is None or pid == os.getpid():  # a container gives the same to its next one
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _create(file: Path) -> bool:
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine()}
     file.parent.mkdir(parents=True, exist_ok=True)  # the last holder takes it away
     try:
         with file.open("x") as opened:
@@ -213,12 +200,3 @@ def _read_owner(file: Path) -> tuple[dict[str, Any], int]:
         return {}, 0
     except ValueError:  # just being written
         return {}, touched
-
-
-def _machine() -> str:
-    """Name what process numbers count in: a boot, and a container of it."""
-    told = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        told.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        told.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(told)

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from cityrag_jax.files import write_whole
+from cityrag_jax.files import named, write_whole
 
 LABEL_HEIGHT = 18
 BACKGROUND = 255
@@ -209,7 +209,8 @@ def draw_map(
     axes.legend()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with named(path):
+        figure.savefig(path, dpi=100)
     return path
 
 
@@ -245,10 +246,11 @@ def draw_drives(
     axes.set(aspect="equal", xlabel="east, m", ylabel="north, m")
     source = matplotlib.cm.ScalarMappable(scale, colours)
     bar = figure.colorbar(source, ax=axes, shrink=0.6, label="driven")
-    dates = matplotlib.dates.AutoDateLocator(maxticks=6)
+    dates = matplotlib.dates.AutoDateLocator(minticks=2, maxticks=6)
     bar.ax.yaxis.set_major_locator(dates)
     bar.ax.yaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(dates))
-    figure.savefig(path, dpi=100)
+    with named(path):
+        figure.savefig(path, dpi=100)
     return Path(path)
 
 
@@ -275,7 +277,8 @@ def draw_route(
     axes.set(xlim=middle[0] + [-half, half], ylim=middle[1] + [-half, half])
     axes.set(aspect="equal", xlabel="east, m", ylabel="north, m")
     axes.legend(loc="best", fontsize="small")
-    figure.savefig(path, dpi=100)
+    with named(path):
+        figure.savefig(path, dpi=100)
     return Path(path)
 
 

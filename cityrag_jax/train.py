@@ -27,12 +27,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cityrag_jax.batch import Clip
-from cityrag_jax.checkpoint import TRUST, TrainingCheckpoints, save_bundle, trust
+from cityrag_jax.checkpoint import (
+    TRUST,
+    TrainingCheckpoints,
+    hush_writers,
+    save_bundle,
+    trust,
+)
 from cityrag_jax.commands import Command
 from cityrag_jax.leases import FolderLock
 from cityrag_jax.parallel import (
@@ -383,20 +388,9 @@ COMMAND.switch("--distributed", DISTRIBUTED)
 COMMAND.switch("--trust", TRUST)
 
 
-def hush_late_writes(unraisable) -> None:
-    """Be an unraisablehook that leaves out what a failed save's own threads print.
-
-    They go on after the event loop that they report to is closed, and TensorStore hands
-    each such report here; the save's error has been said by then.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 def main(given: argparse.Namespace) -> int:
     """Run the command line; give 0, or what a signal makes of it."""
-    logging.set_verbosity(logging.FATAL)  # Orbax reports what we say ourselves
-    sys.unraisablehook = hush_late_writes
+    hush_writers()
     keep_compilations()
     initialise(given.distributed)
     trust(given.trust)

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
+from full_disk import files_up_to
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cityrag_jax import checkpoint
@@ -17,6 +20,7 @@ from cityrag_jax.checkpoint import (
     abstract_model,
     computing_in,
     describe,
+    hush_writers,
     latest_model,
     load_bundle,
     new_model,
@@ -28,6 +32,7 @@ from cityrag_jax.checkpoint import (
     with_parameters,
 )
 from cityrag_jax.checkpoint.digests import _summing, digest_json, sum_arrays
+from cityrag_jax.checkpoint.files import renamed
 from cityrag_jax.checkpoint.items import abstract_layer
 from cityrag_jax.checkpoint.training import _unstack_onto
 from cityrag_jax.model.dit import DiTConfig, WanDiT
@@ -220,6 +225,28 @@ def test_an_existing_folder_is_not_overwritten_unasked(model, tmp_path):
         save(tmp_path / "m", model)
     save(tmp_path / "m", model, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_leaves_nothing_and_says_one_line(model, tmp_path, monkeypatch):
+    """The threads of the failed write go on, and say nothing."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    verbosity = logging.get_verbosity()
+    hush_writers()
+    told = re.escape(f"{tmp_path}/m could not be written (File too large). Raise the")
+    with files_up_to(1000), pytest.raises(ValueError, match=told):
+        save(tmp_path / "m", model)
+    logging.set_verbosity(verbosity)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_of_this_machine_left_is_cleared(model, tmp_path):
+    """That of one that lives, or of another machine's, is not."""
+    own = renamed(tmp_path / "m", False).temporary.name.rpartition("-")[0]
+    kept = [f"{own}-1", f".m.tmp-0-{2**22 + 1}", f".n{own[2:]}-{2**22 + 1}"]
+    for name in (*kept, f"{own}-{2**22 + 1}"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "m", model)
+    assert {path.name for path in tmp_path.iterdir()} == {"m", *kept}
 
 
 def test_texts_source_and_licence_travel_with_a_bundle(tmp_path, rng):

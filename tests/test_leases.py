@@ -42,7 +42,7 @@ def test_the_lease_of_the_dead_is_taken_over_once(tmp_path, monkeypatch):
     monkeypatch.setattr(leasing, "is_running", lambda pid: True)
     assert not theirs.take("a")
     here = {"host": socket.gethostname(), "pid": 2**22 + 1}
-    here["machine"] = leasing._machine()
+    here["machine"] = leasing.machine()
     (tmp_path / "b.000000").write_text(json.dumps(here))
     monkeypatch.undo()
     assert ours.take("b")

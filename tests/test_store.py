@@ -1,6 +1,7 @@
 """A city on disk: round trips, crops equal to exact sampling, and clear refusals."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import synthetic_city as synthetic
+from full_disk import files_up_to
 
 from cityrag_jax.data import records, shards, writing
 from cityrag_jax.data.columns import write_columns
@@ -301,6 +303,16 @@ def test_a_writing_that_was_stopped_goes_on_behind_its_last_whole_file(
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "city", 6, overwrite=True)
     assert len(City(tmp_path / "city")) == 6  # the old one, until the new one is whole
+
+
+def test_a_full_disk_is_said_with_the_file_and_the_same_command_goes_on(tmp_path):
+    """ArrayRecord's writer tells of it in the words of a RuntimeError."""
+    with files_up_to(20_000), pytest.raises(OSError) as raised:
+        write(tmp_path / "city")
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename.endswith("panoramas-train.array_record-00000-of-00001")
+    assert not (tmp_path / "city").exists()
+    assert len(write(tmp_path / "city")) == 7
 
 
 def test_two_processes_do_not_write_one_city(tmp_path):

@@ -27,6 +27,7 @@ from cityrag_jax.checkpoint import (
     TrainingCheckpoints,
     abstract_model,
     describe,
+    disks,
     draw_parameters,
     latest_model,
     new_model,
@@ -672,7 +673,7 @@ def test_threads_of_a_failed_save_say_nothing_once_its_loop_is_closed(
     capsys, monkeypatch
 ):
     """Whatever else such a thread has to say is printed."""
-    monkeypatch.setattr(sys, "unraisablehook", trainer.hush_late_writes)
+    monkeypatch.setattr(sys, "unraisablehook", disks.hush_late_writes)
     late, written = tensorstore.Promise.new()
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda loop, context: None)

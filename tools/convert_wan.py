@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cityrag_jax.checkpoint import load_bundle, verify_bundle
+from cityrag_jax.checkpoint import hush_writers, load_bundle, verify_bundle
 from cityrag_jax.checkpoint.memory import give_back_at_once
 from cityrag_jax.commands import Command
 from cityrag_jax.convert.bundle import (
@@ -60,6 +60,7 @@ COMMAND.switch("--check", "compare every digest of what was written, or is there
 
 def main(given: argparse.Namespace) -> None:
     """Convert, or check."""
+    hush_writers()
     if given.check and given.out.exists() and not _same(given.source, given.out):
         verify_bundle(given.out)
         print(f"{given.out} is whole: every digest fits.")

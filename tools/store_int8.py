@@ -30,6 +30,7 @@ from cityrag_jax.checkpoint import (
     Bundle,
     abstract_model,
     describe,
+    hush_writers,
     latest_model,
     load_bundle,
     parameters,
@@ -146,6 +147,7 @@ COMMAND.takes("--dim", type=int, default=5120, help="of the random block")
 
 def main(given: argparse.Namespace) -> None:
     """Store or measure, and print one line of JSON."""
+    hush_writers()
     if given.random_14b:
         changes = dict(dim=given.dim, num_heads=given.dim // 128)
         figures = measure_random_14b(**changes)

@@ -46,6 +46,7 @@ from cityrag_jax.checkpoint.descriptions import (
     with_statistics,
 )
 from cityrag_jax.checkpoint.digests import TRUST, Damaged, trust, trusted
+from cityrag_jax.checkpoint.disks import hush_writers
 from cityrag_jax.checkpoint.quantise import held_in_int8, hold
 from cityrag_jax.checkpoint.training import (
     TrainingCheckpoints,
@@ -73,6 +74,7 @@ __all__ = [
     "draw_parameters",
     "held_in_int8",
     "hold",
+    "hush_writers",
     "identify_model",
     "latest_model",
     "load_bundle",

@@ -42,6 +42,7 @@ from cityrag_jax.checkpoint.digests import (
     trusted,
     unreadable,
 )
+from cityrag_jax.checkpoint.disks import writing
 from cityrag_jax.checkpoint.files import read_json, renamed, write_json
 from cityrag_jax.checkpoint.items import (
     DIGESTS,
@@ -164,8 +165,9 @@ def save_bundle(
         )
     with renamed(Path(path), overwrite) as folder:
         for name, module in bundle.modules.items():
-            stacked = stacked_parameters(module)
-            write_arrays(folder / name, parameters(module), stacked, dtype)
+            given = parameters(module), stacked_parameters(module), dtype
+            with writing(Path(path)):
+                write_arrays(folder / name, *given)
         if is_writer():
             write_texts(folder, bundle.text, bundle.negative_text)
             write_config(folder, bundle)

@@ -51,6 +51,7 @@ from cityrag_jax.checkpoint.digests import (
     sum_arrays,
     unreadable,
 )
+from cityrag_jax.checkpoint.disks import CAUSES, describe_cause, find_cause
 from cityrag_jax.checkpoint.files import read_json, renamed
 from cityrag_jax.checkpoint.items import (
     DIGESTS,
@@ -307,15 +308,14 @@ class TrainingCheckpoints:
             raise self._not_written(error) from error
 
     def _not_written(self, error: Exception) -> ValueError:
-        step, told = self._pending_step, str(error)
-        reason = next((text for text in CAUSES if text in told), "")
+        step = self._pending_step
         older = [s for s in _whole_steps(self.folder) if s != step]
         rest = f"step {older[-1]} is whole" if older else "there is none before it"
+        cure = CAUSES.get(find_cause(error), "Look at the disk")
+        cure += ", or lower config.train.keep" if "space" in cure else ""
         return ValueError(
             f"{self.folder}: the checkpoint of step {step} could not be written "
-            f"({reason or ' '.join(told.split())[:200] or type(error).__name__}); "
-            f"{rest}. {CAUSES.get(reason, 'Look at the disk')}, then the same command "
-            "goes on."
+            f"({describe_cause(error)}); {rest}. {cure}, then the same command goes on."
         )
 
     def close(self) -> None:
@@ -342,19 +342,6 @@ class TrainingCheckpoints:
         if digest != digest_json(record):
             raise unreadable(path / "notes", ValueError("its checksum does not fit"))
         return record
-
-
-# What a system says of a disk, and what to do.
-CAUSES = {
-    "No space left on device": "Free some space, or lower config.train.keep",
-    "Disk quota exceeded": "Free some space, or lower config.train.keep",
-    "File too large": "Raise the limit of a file's size (ulimit -f)",
-    "No such file or directory": "The folder is gone: look who removed it",
-    "Permission denied": "Look at the rights of the folder",
-    "Read-only file system": "Look at the disk",
-    "Input/output error": "Look at the disk",
-    "Stale file handle": "Look at the disk",
-}
 
 
 def _preserve(keep: int, every: int):

@@ -204,9 +204,10 @@ def describe_error(error: Exception) -> tuple[str, int]:
             f"internal error: {type(error).__name__}: {text} ({place}). This is a "
             "fault of this program; repeat the command with --debug and report it."
         ), FAULT
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError):
         cure = " Make room, then repeat the command." if error.errno in FULL else ""
-        return f"error: {error.filename}: {error.strerror}.{cure}", BAD_INPUT
+        place = error.filename or _last_place(error)
+        return f"error: {place}: {error.strerror}.{cure}", BAD_INPUT
     code = 1 if isinstance(error, FloatingPointError) else BAD_INPUT
     return f"error: {error}", code
 

@@ -7,7 +7,6 @@ the folder is renamed. Bad input leaves nothing behind.
 """
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from cityrag_jax.checkpoint.bundles import (
     write_texts,
 )
 from cityrag_jax.checkpoint.digests import sum_arrays
+from cityrag_jax.checkpoint.disks import describe_cause, find_cause
 from cityrag_jax.checkpoint.files import read_json, write_json
 from cityrag_jax.checkpoint.items import DIGESTS, write_item
 from cityrag_jax.convert.lora import Lora
@@ -229,9 +229,7 @@ class _Work:
             "made_from": self.made_from,
             "done": self.done if done is None else done,
         }
-        path = self.folder / PROGRESS
-        write_json(path.with_suffix(".tmp"), record)
-        os.replace(path.with_suffix(".tmp"), path)
+        write_json(self.folder / PROGRESS, record)
 
     def check_space(self) -> None:
         """Refuse before writing if what is missing does not fit the disk."""
@@ -431,10 +429,9 @@ def _describe_source(plan: Conversion) -> dict[str, Any]:
 
 
 def _not_written(folder: Path, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+    full = "No space" in find_cause(error)
     advice = "The disk is full: free some space" if full else "Look at the disk"
     return ValueError(
-        f"{folder} could not be written ({reason}). {advice} and start again: finished "
-        "parts are kept. Or delete that folder."
+        f"{folder} could not be written ({describe_cause(error)}). {advice} and start "
+        "again: finished parts are kept. Or delete that folder."
     )

@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from cityrag_jax.files import named, write_whole
+
 STEM = "diffusion_pytorch_model"
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".pth", ".pt", ".bin")
@@ -250,7 +252,7 @@ def write_checkpoint(
             f"{path} already holds a checkpoint ({old[0].name}); choose an empty "
             "folder or delete the old one."
         )
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(path / "config.json", json.dumps(config, indent=2) + "\n")
     shards = _plan_shards(tensors, max_shard_bytes)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -262,7 +264,7 @@ def write_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     if len(shards) > 1:
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (path / f"{STEM}{INDEX_SUFFIX}").write_text(text)
+        write_whole(path / f"{STEM}{INDEX_SUFFIX}", text)
 
 
 def _write_file(path, tensors, read, metadata):
@@ -281,7 +283,7 @@ def _write_file(path, tensors, read, metadata):
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with named(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             value = np.ascontiguousarray(read(name))

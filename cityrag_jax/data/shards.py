@@ -23,7 +23,7 @@ import simplejpeg
 from jaxtyping import UInt8
 
 from cityrag_jax.data.records import VERSION, dataset_info, file_name, list_files
-from cityrag_jax.files import write_whole
+from cityrag_jax.files import named, write_whole
 from cityrag_jax.geo import panorama
 
 SHARD = 256  # panoramas a file: 0.8 GB of those 2048 high
@@ -211,9 +211,11 @@ def _write_file(
         for tile in tiles or ():
             example = tf_example_pb2.Example()
             example.features.feature["jpeg"].bytes_list.value.append(tile)
-            writer.write(example.SerializeToString())
+            with named(path):
+                writer.write(example.SerializeToString())
             records, num_bytes = records + 1, num_bytes + len(tile)
-    writer.close()
+    with named(path):
+        writer.close()
     os.replace(temporary, path)
     return {"records": records, "bytes": num_bytes, "dropped": dropped}
 

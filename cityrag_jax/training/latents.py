@@ -8,7 +8,6 @@ read. A file appears by being renamed, whole; what is there is not made again.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,9 +129,7 @@ def _write_shard(path: Path, arrays: dict[str, np.ndarray], dtype: str) -> None:
         name + CRC: np.array([_crc32(x[i : i + 1]) for i in range(len(x))], np.uint32)
         for name, x in kept.items()
     }
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    safetensors.numpy.save_file(kept | sums, str(temporary))
-    temporary.rename(path)
+    write_whole(path, safetensors.numpy.save(kept | sums))
 
 
 def _crc32(x: np.ndarray) -> int:
