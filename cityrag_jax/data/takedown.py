@@ -28,6 +28,7 @@ from cityrag_jax.data.pairs import (
     read_rules,
     save_pairs,
 )
+from cityrag_jax.data.records import APART
 from cityrag_jax.data.shards import copy_shards
 from cityrag_jax.data.store import City
 from cityrag_jax.data.writing import sole_writer, take_place
@@ -36,7 +37,7 @@ from cityrag_jax.geo.retrieval import drive_edges
 
 SIDECAR, LATENTS = "generate.json", "latents.json"
 TAKEN = "taken_down.txt"  # beside pictures that are imported: ids, one a line
-WRITTEN = ("city.json", CAPTURES, PAIRS, "panoramas")  # anew; all else is copied
+WRITTEN = ("city.json", CAPTURES, PAIRS, *APART)  # anew; all else is copied
 
 
 def find_captures(city: City, ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
