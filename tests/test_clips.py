@@ -12,7 +12,8 @@ import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax.data import clips, loader
-from cityrag_jax.data.pairs import PairConfig, load_pairs, mine_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig, load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.grounding import Views
 from cityrag_jax.geo.panorama import crop_panorama
