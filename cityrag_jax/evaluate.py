@@ -15,7 +15,7 @@ held-out cities everything, were never trained on; clips turn at least
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from cityrag_jax import report
 from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import TRUST, identify_model, trust
 from cityrag_jax.commands import Command, find_shipped
-from cityrag_jax.data.clips import held_out_clips, stack_clips
+from cityrag_jax.data.clips import ClipPlan, held_out_plans, make_clip, stack_clips
+from cityrag_jax.data.masks import Shown, cover_views
+from cityrag_jax.data.store import City
 from cityrag_jax.files import open_folder
 from cityrag_jax.generator import MESH, Generator, open_generator, open_mesh, with_mesh
 from cityrag_jax.metrics.image import (
@@ -52,7 +54,9 @@ from cityrag_jax.scores import Table
 from cityrag_jax.training.checks import flatten_config
 from cityrag_jax.training.examples import Sources, clip_config, open_cities
 
+Video = UInt8[np.ndarray, "_ H W 3"]
 Videos = UInt8[np.ndarray, "B T H W 3"]
+Plans = list[tuple[City, ClipPlan]]
 FULL = "geo + trajectory"
 POSE_ALONE = "trajectory alone"
 GEO_ALONE = "geo alone"
@@ -67,6 +71,7 @@ ROWS = (
     *(FROZEN, RETRIEVED, RECOLOURED, CEILING),
 )
 SHOWN = (FULL, POSE_ALONE, RECOLOURED)
+OF_CONDITION = ("retrieved", RECOLOURED)  # what is shown of the retrieved captures
 EXAMPLES, STRIP = 4, 6  # clips that are drawn, and frames of each
 # Keys that decide about a table, and those of them that do not.
 DECIDING = (
@@ -166,15 +171,15 @@ def evaluate(
     sources = open_cities(cities)
     made_of = describe_origin(config, checkpoint, sources)
     wanted, size = config.eval.table_clips, config.eval.batch_size
+    batches = plan_clips(config, sources)
     with Table(out, ROWS, wanted, made_of) as table:
         if not table.finished:
             kinds = dict(mesh=open_mesh(dict(config.sample.mesh)))
             kinds["cities"] = [city for city, _ in sources]
             generator = open_generator(config, checkpoint, **kinds)
-            batches = read_clips(config, sources)
             with Progress("scoring", wanted, "clip", shown=is_writer()) as progress:
-                for number, batch in enumerate(batches):
-                    score_batch(table, generator, batch, number, config, progress)
+                for number, plans in enumerate(batches):
+                    score_batch(table, generator, plans, number, config, progress)
                     progress.update(size)
         return table.means()
 
@@ -182,16 +187,22 @@ def evaluate(
 def score_batch(
     table: Table,
     generator: Generator,
-    batch: Clip,
+    plans: Plans,
     number: int,
     config: ConfigDict,
     progress: Progress,
 ) -> None:
-    """Fill the rows that lack a batch; of the first, keep examples, say each row."""
+    """Fill the rows that lack a batch; of the first, keep examples, say each row.
+
+    Its pictures are read if they are needed, and held no longer.
+    """
     until = (number + 1) * config.eval.batch_size
     shown = set(SHOWN) if number == 0 and not table.pictured else set()
     lacking = [row for row in ROWS if not table.has(row, until)]
     undrawn = [row for row in shown if not table.has_strips(row)]
+    if not lacking and not shown:
+        return
+    batch = read_clips(config, plans)
     if lacking or undrawn:
         began = time.monotonic()
         ways = make_videos(generator, batch, config.eval.seed)
@@ -201,14 +212,14 @@ def score_batch(
             progress.remark(way)
             video = make()
             if way in shown:
-                table.keep_strips(way, strips(video))
+                table.keep_strips(way, strips(plans, video, way, config)[0])
             if way in lacking:
                 table.add(way, score(video, batch.frames))
             if number == 0 and is_writer():
                 seconds = time.monotonic() - began
                 progress.say(f"{seconds:4.0f} s  {describe(table, way)}")
     if shown:
-        draw(table, batch)
+        draw(table, plans, batch, config)
 
 
 def describe_origin(
@@ -235,18 +246,18 @@ def describe(table: Table, way: str) -> str:
     return ", ".join([way, *(f"{name} {x:.2f}" for name, x in figures.items())])
 
 
-def read_clips(config: ConfigDict, sources: Sources) -> list[Clip]:
-    """Read the held-out clips, equally many of every city, in batches."""
+def plan_clips(config: ConfigDict, sources: Sources) -> list[Plans]:
+    """Plan the held-out clips, equally many of every city, in batches."""
     wanted, size = config.eval.table_clips, config.eval.batch_size
     if wanted % len(sources) or wanted % size:
         raise ValueError(
             f"eval.table_clips {wanted} must be a multiple of the {len(sources)} "
             f"cities and of eval.batch_size {size}."
         )
-    read = [
-        clip
+    planned = [
+        (city, plan)
         for city, pairs in sources
-        for clip in held_out_clips(
+        for plan in held_out_plans(
             city,
             pairs,
             clip_config(config.data),
@@ -255,26 +266,54 @@ def read_clips(config: ConfigDict, sources: Sources) -> list[Clip]:
             min_rotation_deg=config.eval.min_rotation_deg,
         )
     ]
-    return [stack_clips(read[i : i + size]) for i in range(0, wanted, size)]
+    return [planned[i : i + size] for i in range(0, wanted, size)]
 
 
-def strips(video: Videos) -> list[UInt8[np.ndarray, "_ _ 3"]]:
-    """Lay some frames of each example side by side."""
-    return [report.strip(frames, STRIP) for frames in video[:EXAMPLES]]
+def read_clips(config: ConfigDict, plans: Plans) -> Clip:
+    """Read the clips of a batch."""
+    clips = clip_config(config.data)
+    return stack_clips([make_clip(city, plan, clips) for city, plan in plans])
 
 
-def draw(table: Table, batch: Clip) -> None:
+def strips(
+    plans: Plans, videos: Iterable[Video], way: str, config: ConfigDict
+) -> tuple[list[UInt8[np.ndarray, "_ _ 3"]], Shown]:
+    """Lay some frames of each example side by side, people and plates masked.
+
+    A video shows what its clip's target shows there, or what its condition does; what
+    is generated begins with the target's first image, and goes on with who is in it.
+    """
+    made, count = [], Shown()
+    for (city, plan), video in zip(plans[:EXAMPLES], videos, strict=False):
+        captures, yaw_rad = plan.target_captures, plan.target_yaw_rad
+        if way in OF_CONDITION:
+            captures, yaw_rad = plan.condition_captures, plan.condition_yaw_rad
+        at = report.choose(len(video), STRIP)
+        seen = np.minimum(at, len(captures) - 1)
+        frames, shown = cover_views(
+            city, captures[seen], yaw_rad[seen], video[at], config.data.fov_deg
+        )
+        made.append(report.strip(frames, STRIP))
+        count = count.add(shown)
+    return made, count
+
+
+def draw(table: Table, plans: Plans, batch: Clip, config: ConfigDict) -> None:
     """Draw the first clips: what was given, some of the ways, and the truth."""
-    clips = list(zip(batch.condition, batch.condition_length, strict=True))[:EXAMPLES]
+    conditions = zip(batch.condition, batch.condition_length, strict=True)
     given = {
-        "first image": strips(batch.frames[:, :1]),
-        "retrieved": [report.strip(x[:length], STRIP) for x, length in clips],
-        "truth": strips(batch.frames),
+        "first image": batch.frames[:, :1],
+        "retrieved": [frames[:length] for frames, length in conditions],
+        "truth": batch.frames,
     }
-    for name, images in given.items():
+    count = Shown()
+    for name, videos in given.items():
+        images, shown = strips(plans, videos, name, config)
+        count = count.add(shown) if name != "first image" else count
         table.keep_strips(name, images)
     names = ("first image", "retrieved", *SHOWN, "truth")
-    table.draw_examples(names, len(clips))
+    note = count.describe() if count.not_anonymised else ""
+    table.draw_examples(names, len(images), note)
 
 
 COMMAND = Command(__doc__)

@@ -12,7 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 
 from cityrag_jax.files import named, write_whole
 
@@ -80,11 +80,15 @@ def caption(image: Image, text: str) -> Image:
     return shown
 
 
+def choose(length: int, count: int) -> Int64[np.ndarray, " {count}"]:
+    """Give the frames that `strip` shows of a video."""
+    return np.linspace(0, length - 1, count).round().astype(np.int64)
+
+
 def strip(video: Video, count: int, *, gap: int = 2) -> UInt8[np.ndarray, "_ _ 3"]:
     """Lay `count` evenly spaced frames, first and last among them, side by side."""
-    chosen = np.linspace(0, len(video) - 1, count).round().astype(int)
     frames = np.pad(
-        video[chosen],
+        video[choose(len(video), count)],
         ((0, 0), (0, gap), (0, gap), (0, 0)),
         constant_values=BACKGROUND,
     )

@@ -42,6 +42,7 @@ class Table:
         self.folder, self.rows, self.wanted = Path(folder), tuple(rows), wanted
         self.made_of = json.loads(json.dumps(dict(made_of)))
         self.scores: dict[str, Figures] = {}
+        self.note = ""  # on the examples
         self._lock = FolderLock(self.folder)
 
     def __enter__(self) -> "Table":
@@ -108,9 +109,14 @@ class Table:
         """Say whether strips are kept under this name."""
         return _writer_has(self._strips(name))
 
-    def draw_examples(self, names: Sequence[str], count: int) -> None:
-        """Put the strips of `count` examples together, each under its name."""
+    def draw_examples(self, names: Sequence[str], count: int, note: str = "") -> None:
+        """Put the strips of `count` examples together, each under its name.
+
+        A `note` on them stands below the table.
+        """
+        self.note = note
         if is_writer():
+            self._write()
             rows = {n: np.split(read_image(self._strips(n)), count) for n in names}
             pictures = [
                 np.concatenate([report.label(rows[name][i], name) for name in names])
@@ -143,12 +149,14 @@ class Table:
                 f"{self.folder} holds other scores: {differ}. Choose another --out, or "
                 "delete that folder."
             )
-        self.scores = clips
+        self.scores, self.note = clips, str(stored.get("note", ""))
 
     def _write(self) -> None:
         stored = {"made of": self.made_of, "mean": self.means(), "clips": self.scores}
-        report.write_text(self.folder / TABLE, json.dumps(stored))
-        report.write_text(self.folder / "table.md", f"{self}\n")
+        note = {"note": self.note} if self.note else {}
+        report.write_text(self.folder / TABLE, json.dumps(stored | note))
+        text = f"{self}\n" + (f"\n{PICTURE}: {self.note}\n" if self.note else "")
+        report.write_text(self.folder / "table.md", text)
 
 
 def count_clips(figures: Figures) -> int:

@@ -78,7 +78,7 @@ from cityrag_jax.training.optimizer import OptimizerConfig, learning_rate_schedu
 from cityrag_jax.training.origin import trained_on
 from cityrag_jax.training.profile import Profile, parse_steps
 from cityrag_jax.training.program import Program, make_program
-from cityrag_jax.training.samples import sample_videos, shows_videos
+from cityrag_jax.training.samples import cover_videos, sample_videos, shows_videos
 from cityrag_jax.training.schedule import Schedule, Signals, Stopped, describe_stop
 from cityrag_jax.training.speed import Stopwatch, count_operations, describe_speed
 from cityrag_jax.training.start import (
@@ -218,7 +218,11 @@ class _Training:
                 watchdog.at("sampling held-out clips")
                 params = frozen | (state.ema or state.params)
                 given = config, program, params, encoders, held_out[0]
-                log.show(step, sample_videos(*given), config.sample.fps)
+                videos = sample_videos(*given)
+                videos, people = cover_videos(videos, self.sources, config)
+                if people.not_anonymised and step <= first + config.eval.interval:
+                    say(f"the videos in TensorBoard: {people.describe()}")
+                log.show(step, videos, config.sample.fps)
 
             log.write(first, held)
             announce(f"training from step {first}, to {config.train.steps}")

@@ -7,7 +7,7 @@ import pytest
 import synthetic_city as synthetic
 from test_importers import DRIVES, EVENING, MORNING, WHOSE, build, photograph
 
-from cityrag_jax.data import records, shards
+from cityrag_jax.data import shards
 from cityrag_jax.data.append import append_city, join_neighbourhoods
 from cityrag_jax.data.captures import CityHeader
 from cityrag_jax.data.pairs import load_pairs, read_rules
@@ -19,7 +19,7 @@ FAR = [drive + 3000.0 * np.eye(4)[0][:, None] * np.eye(4)[3] for drive in DRIVES
 
 def files_of(folder):
     """Give each of a city's files of panoramas: which it is on the disk, and length."""
-    paths = sorted((folder / "panoramas" / records.VERSION).glob("*array_record*"))
+    paths = sorted(folder.glob("panoramas/*/*array_record*"))
     return [(path.stat().st_ino, path.stat().st_size) for path in paths]
 
 
@@ -41,21 +41,23 @@ def test_a_city_is_appended_to_killed_and_resumed(tmp_path, monkeypatch, capsys)
 
     photograph(photos / "noon", FAR[0], MORNING + 86400)
     photograph(photos / "night", FAR[1], EVENING + 86400)
-    write, left = shards._write_file, iter(range(2))
+    write, left = shards._write_files, iter(range(2))
 
-    def killed_behind_the_second(path, panoramas):
+    def killed_behind_the_second(*given):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return write(path, panoramas)
+        return write(*given)
 
-    monkeypatch.setattr(shards, "_write_file", killed_behind_the_second)
+    monkeypatch.setattr(shards, "_write_files", killed_behind_the_second)
     with pytest.raises(KeyboardInterrupt):
         build(*command, "--append")
     assert files_of(out) == old_files and len(City(out)) == 48  # as it was
     np.testing.assert_array_equal(load_pairs(out).start_a, pairs.start_a)
     written = []
     monkeypatch.setattr(
-        shards, "_write_file", lambda *a: written.append(a[0].name) or write(*a)
+        shards,
+        "_write_files",
+        lambda *a: written.append(a[0]["horizon"].name) or write(*a),
     )
     build(*command, "--append")
     assert [name[-14:] for name in written] == [f"0000{k}-of-00010" for k in (7, 8, 9)]

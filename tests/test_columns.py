@@ -114,7 +114,7 @@ def test_what_was_changed_in_place_is_noticed(city, tmp_path):
     with pytest.raises(ValueError, match="damaged, or was changed: its columns have"):
         City(folder)
     document = json.loads((folder / "city.json").read_text())
-    assert document["format"] == 2
+    assert document["format"] == 3
 
 
 def test_ids_stay_and_are_alone(tmp_path):

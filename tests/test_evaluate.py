@@ -1,6 +1,8 @@
 """Baselines and figures of the evaluation, from known errors."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -17,6 +19,11 @@ from cityrag_jax import evaluate as door
 from cityrag_jax import generator
 from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import Bundle, abstract_model, describe, new_model
+from cityrag_jax.data.columns import write_columns
+from cityrag_jax.data.masks import mask_path
+from cityrag_jax.data.pairs import PairConfig, mine_pairs, save_pairs
+from cityrag_jax.data.store import City
+from cityrag_jax.data.video import read_image, write_image
 from cityrag_jax.evaluate import (
     ELSEWHERE,
     FULL,
@@ -26,6 +33,7 @@ from cityrag_jax.evaluate import (
     RECOLOURED,
     fit_length,
     make_videos,
+    plan_clips,
     read_clips,
     recolour,
     score,
@@ -177,10 +185,10 @@ def test_clips_that_do_not_fill_batches_or_cities_are_refused(folder):
     sources = open_cities(str(folder))
     config = get_config("toy_city", eval__table_clips=3, eval__batch_size=2)
     with pytest.raises(ValueError, match="table_clips 3 must be a multiple of the 1"):
-        read_clips(config, sources)
+        plan_clips(config, sources)
     config = get_config("toy_city", eval__table_clips=3, eval__batch_size=1)
     with pytest.raises(ValueError, match="multiple of the 2 cities"):
-        read_clips(config, sources * 2)
+        plan_clips(config, sources * 2)
 
 
 def test_clips_come_in_batches_of_every_city(folder):
@@ -190,10 +198,12 @@ def test_clips_come_in_batches_of_every_city(folder):
         eval__batch_size=2,
         eval__min_rotation_deg=0.0,
     )
-    batches = read_clips(config, open_cities(f"{folder},{folder}"))
-    assert [len(batch.frames) for batch in batches] == [2, 2]
-    again = read_clips(config, open_cities(str(folder)))
-    np.testing.assert_array_equal(batches[0].clip_id, again[0].clip_id)
+    batches = plan_clips(config, open_cities(f"{folder},{folder}"))
+    clips = [read_clips(config, plans) for plans in batches]
+    assert [len(batch.frames) for batch in clips] == [2, 2]
+    again = plan_clips(config, open_cities(str(folder)))
+    ids = [plan.clip_id for _, plan in again[0]]
+    np.testing.assert_array_equal(clips[0].clip_id, ids)
 
 
 WAYS = (FULL, POSE_ALONE, RECOLOURED)
@@ -208,7 +218,7 @@ def score_all(folder, monkeypatch):
     monkeypatch.setattr(door, "identify_model", lambda _: "these")
     monkeypatch.setattr(door, "ROWS", WAYS)
 
-    def score_all(out, seen=lambda way: None, **changes):
+    def score_all(out, seen=lambda way: None, city=folder, **changes):
         def make_videos(_, clips, seed):
             def make(way, video):
                 seen(way)
@@ -221,7 +231,7 @@ def score_all(folder, monkeypatch):
         monkeypatch.setattr(door, "make_videos", make_videos)
         sizes = dict(eval__table_clips=4, eval__batch_size=2)
         config = get_config("toy_city", **sizes | changes)
-        return door.evaluate(config, "model", str(folder), out)
+        return door.evaluate(config, "model", str(city), out)
 
     return score_all
 
@@ -309,6 +319,35 @@ def test_a_picture_that_was_deleted_is_drawn_again(score_all, table):
     (table / "examples.png").unlink()
     score_all(table, made.append)
     assert made == list(WAYS) and contents(table) == before
+
+
+def test_people_are_masked_in_the_examples(score_all, table, folder, tmp_path):
+    """Or it is said that they are not; the figures are those of the pictures."""
+    bare = tmp_path / "city"
+    shutil.copytree(folder, bare)
+    city = City(bare)
+    captures = dataclasses.replace(city.captures, anonymised=np.zeros(len(city), bool))
+    write_columns(bare, city.header, captures, city.provenance)
+    config = PairConfig(num_frames=9, stride=2, min_condition=13, held_out=(1,))
+    save_pairs(bare, mine_pairs(captures, city.name, config))
+    means = score_all(tmp_path / "bare", city=bare)
+    seen = contents(tmp_path / "bare")
+    assert seen["examples.png"] == contents(table)["examples.png"]
+    told = "captures shown are not anonymised: in"
+    assert told in seen["table.md"].decode() and told in seen["table.json"].decode()
+    (bare / "masks").mkdir()
+    for name in city.provenance.id.to_pylist():
+        path = mask_path(city, 0).with_stem(name)
+        write_image(path, np.full((20, 40, 3), 255, np.uint8))
+    assert score_all(tmp_path / "masked", city=bare) == means
+    assert "masked by masks/" in (tmp_path / "masked" / "table.md").read_text()
+    before, after = (
+        read_image(tmp_path / name / "examples.png").astype(int)
+        for name in ("bare", "masked")
+    )
+    changed = np.any(before != after, axis=(1, 2))
+    strips = np.split(changed[: len(changed) // 2 // 6 * 6], 6)
+    assert all(rows.mean() > 0.5 for rows in strips)  # every kind of strip
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_first(tmp_path):

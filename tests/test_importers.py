@@ -201,7 +201,8 @@ def same_files(left, right, files, but=""):
     """Hold two cities' files equal, `files` of them of tiles, `but` those of a kind."""
     written = [p.relative_to(left) for p in sorted(left.rglob("*")) if p.is_file()]
     written = [path for path in written if path.suffix != but]
-    assert sum("array_record-" in path.name for path in written) == files
+    for name in ("horizon", "panoramas"):
+        assert sum(f"{name}-train" in path.name for path in written) == files
     for path in written:
         assert (right / path).read_bytes() == (left / path).read_bytes(), path
     assert len(list(right.rglob("*"))) == len(list(left.rglob("*")))

@@ -1,6 +1,8 @@
 """Clips that are encoded once are the clips that a training would have encoded."""
 
+import importlib.util
 import itertools
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,9 @@ import training_city
 
 from cityrag_jax import train as trainer
 from cityrag_jax.checkpoint import Damaged
+from cityrag_jax.data.clips import clip_id
+from cityrag_jax.data.pairs import load_pairs
+from cityrag_jax.data.store import City
 from cityrag_jax.training.checks import check_config
 from cityrag_jax.training.examples import open_cities, stream
 from cityrag_jax.training.latents import Latents, describe_latents, write_latents
@@ -128,6 +133,62 @@ def test_a_flipped_bit_is_found_and_the_clip_named(made, tmp_path):
     latents.read(list(range(8)))
     with pytest.raises(Damaged, match="00002.safetensors is damaged: .* of clip [89]"):
         latents.read([8, 9])
+
+
+def test_a_takedown_leaves_the_clips_that_show_others(
+    made, folder, config, program, tmp_path, capsys
+):
+    """As they were, under the numbers that their pairs have now; again and again."""
+    for name, source in (("city", folder / "city"), ("latents", made)):
+        shutil.copytree(source, tmp_path / name)
+    city, before = City(tmp_path / "city"), Latents(made).read(list(range(CLIPS)))
+    shown = {  # windows of 9, conditions of 18 at most; drive 0 ends at 40, 1 at 90
+        clip_id(city.name, a, b): {
+            *range(a, a + 9),
+            *range(b, min(b + 18, 40 if b < 40 else 90)),
+        }
+        for a, b in starts(city.folder)
+    }
+    kept = list(range(CLIPS))
+    for row in (16, 60):
+        was = len(kept)
+        kept = [k for k in kept if row not in shown[int(before["clip_id"][k])]]
+        assert 0 < len(kept) < was
+        take_down(city, row, tmp_path / "latents")
+        told = f"removed {was - len(kept)} clips from the latents"
+        assert told in capsys.readouterr().out
+        latents = Latents(tmp_path / "latents")
+        after = latents.read(list(range(len(kept))))
+        assert latents.clips == len(kept)
+        for part in before.keys() - {"clip_id"}:
+            np.testing.assert_array_equal(after[part], before[part][kept])
+        now = {clip_id(city.name, a, b) for a, b in starts(city.folder)}
+        assert set(after["clip_id"].tolist()) <= now
+    # A training takes them: what they were made of is the city as it is now.
+    program, encoders = program
+    sources = open_cities(str(tmp_path / "city"))
+    examples = jax.eval_shape(program.encode, encoders, program.batch)
+    latents.check(describe_latents(config, sources, encoders), examples)
+    (tmp_path / "latents" / "00000.safetensors").unlink()
+    take_down(city, 40, tmp_path / "latents")
+    assert "whole: " in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["city"]
+
+
+def take_down(city, row, latents):
+    path = training_city.ROOT / "tools" / "takedown.py"
+    spec = importlib.util.spec_from_file_location("takedown_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    name = city.provenance.id[row].as_py()
+    words = [f"--city={city.folder}", f"--latents={latents}", f"--id={name}"]
+    tool.main(tool.COMMAND.parse(words))
+
+
+def starts(folder):
+    """Give the starts of a city's training pairs."""
+    pairs = load_pairs(folder).training
+    return list(zip(pairs.start_a.tolist(), pairs.start_b.tolist(), strict=True))
 
 
 def test_a_pool_beside_latents_is_refused(config):

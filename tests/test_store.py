@@ -16,9 +16,10 @@ import pytest
 import synthetic_city as synthetic
 from full_disk import files_up_to
 
-from cityrag_jax.data import records, shards, writing
+from cityrag_jax.data import captures, records, shards, writing
 from cityrag_jax.data.columns import write_columns
 from cityrag_jax.data.store import City
+from cityrag_jax.data.takedown import remove_captures
 from cityrag_jax.data.writing import Writing, write_city
 from cityrag_jax.geo import panorama
 
@@ -119,16 +120,62 @@ def test_many_threads_read_what_one_reads(city):
         assert all(np.array_equal(job.result(), alone) for job in jobs)
 
 
-def test_records_open_as_a_tensorflow_dataset(city):
+def test_records_open_as_tensorflow_datasets(city):
     """Anyone can read the tiles by the usual means, in the documented order."""
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(city.folder / "panoramas" / records.VERSION)
-    source = builder.as_data_source("train")
-    assert len(source) == 7 * panorama.TILES
-    record = source[2 * panorama.TILES + 19]["jpeg"]
-    assert bytes(record) == city._record(2 * panorama.TILES + 19)
-    assert bytes(record)[:2] == b"\xff\xd8"
+    found = {}
+    for name in ("horizon", "panoramas"):
+        builder = tfds.builder_from_directory(city.folder / name / records.VERSION)
+        found[name] = builder.as_data_source("train")
+    assert [len(source) for source in found.values()] == [7 * 8, 7 * 32]
+    for name, record, tile in (
+        *(("horizon", 2 * 8 + 3, 19), ("panoramas", 2 * 32 + 15, 15)),
+        ("panoramas", 2 * 32 + 16, 24),
+    ):
+        jpeg = bytes(found[name][record]["jpeg"])
+        assert jpeg == city._record(2 * panorama.TILES + tile)
+        assert jpeg[:2] == b"\xff\xd8"
+
+
+def test_a_level_crop_reads_the_horizon_and_no_other_file(city, tmp_path):
+    opened = City(copy_of(city, tmp_path))
+    shutil.rmtree(opened.folder / "panoramas")
+    opened._opened = os.getpid(), {}  # as Tiles, without what is gone
+    horizon = records.Records(opened.folder / "horizon")
+    for k in range(7 * 8):
+        row = panorama.TILES * (k // 8) + 16 + k % 8
+        opened._opened[1][row] = horizon[k]
+    view, yaw = dict(height=480, width=832, fov_deg=65.0), np.linspace(0, 6, 7)
+    np.testing.assert_array_equal(
+        opened.crops(np.arange(7), yaw, **view), city.crops(np.arange(7), yaw, **view)
+    )
+
+
+def test_cities_of_the_form_before_stay_what_they_are(tmp_path, monkeypatch):
+    """All rows of tiles lay together: read, appended to, taken out of as they are."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "APART", records.TOGETHER)
+        patch.setattr(captures, "FORMAT_VERSION", 2)
+        old = write(tmp_path / "old")
+    assert json.loads((old.folder / "city.json").read_text())["format"] == 2
+    view = dict(fov_deg=120.0, pitch_deg=30.0, **VIEW)
+    new = write(tmp_path / "new")
+    seen = new.crops(np.arange(7), np.zeros(7), **view)
+    np.testing.assert_array_equal(old.crops(np.arange(7), np.zeros(7), **view), seen)
+    remove_captures(old, np.arange(3))
+    left = City(old.folder)
+    pictures = [synthetic.direction_panorama(p, 128) for p in DRIVES[0][:3]]
+    order = np.array([3, 4, 5, 6, 0, 1, 2])
+    drive = np.array([0, 1, 1, 1, 2, 2, 2], np.int32)
+    both = synthetic.columns(DRIVES).select(order)
+    both = dataclasses.replace(both, drive=drive)
+    how = Writing(quality=90, overwrite=True, before=left)
+    grown = write_city(old.folder, synthetic.header(), both, pictures, how=how)
+    assert not (old.folder / "horizon").exists()
+    np.testing.assert_array_equal(
+        grown.crops(np.arange(7), np.zeros(7), **view), seen[order]
+    )
 
 
 def test_pictures_and_poses_must_agree_in_number(tmp_path):
@@ -186,7 +233,7 @@ def test_missing_and_damaged_files_are_named(city, tmp_path):
         City(folder)
     document = json.loads((folder / "city.json").read_text())
     (folder / "city.json").write_text(json.dumps({**document, "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this program reads 2"):
+    with pytest.raises(ValueError, match="has format 99, this program reads 3"):
         City(folder)
     (folder / "city.json").write_text("{")
     with pytest.raises(ValueError, match="city.json is damaged"):
@@ -200,9 +247,16 @@ def test_poses_and_stored_panoramas_must_agree_on_opening(city, tmp_path):
     write_columns(folder, city.header, city.captures.select(five), provenance)
     with pytest.raises(ValueError, match="holds 7 panoramas but 5 poses"):
         City(folder)
-    for path in (folder / "panoramas" / records.VERSION).glob("*array_record*"):
-        path.unlink()
-    with pytest.raises(ValueError, match="array_record-00000-of-00001 is missing"):
+    write_columns(folder, city.header, city.captures, city.provenance)
+    for name in ("panoramas", "horizon"):
+        for path in (folder / name / records.VERSION).glob("*array_record*"):
+            path.unlink()
+        with pytest.raises(ValueError, match=f"{name}-.*00000-of-00001 is missing"):
+            City(folder)
+    shutil.rmtree(folder / "panoramas")
+    shutil.copytree(city.folder / "panoramas", folder / "panoramas")
+    shutil.rmtree(folder / "horizon")
+    with pytest.raises(ValueError, match="holds 5.6 panoramas but 7 poses"):
         City(folder)
 
 
@@ -291,15 +345,17 @@ def test_a_writing_that_was_stopped_goes_on_behind_its_last_whole_file(
     np.testing.assert_array_equal(
         city.captures.time_s, np.delete(synthetic.columns(DRIVES).time_s, 1)
     )
-    for name in sorted((whole.folder / "panoramas" / records.VERSION).glob("*array*")):
-        again = city.folder / "panoramas" / records.VERSION / name.name
-        assert again.read_bytes() == name.read_bytes()
+    files = sorted(whole.folder.glob("*/*/*array*"))
+    assert len(files) == 8
+    for path in files:
+        again = city.folder / path.relative_to(whole.folder)
+        assert again.read_bytes() == path.read_bytes()
     monkeypatch.setattr(records, "OPENED", 1)
     np.testing.assert_array_equal(
         city.crops(np.arange(6), np.zeros(6), fov_deg=65.0, **VIEW),
         whole.crops(np.arange(6), np.zeros(6), fov_deg=65.0, **VIEW),
     )
-    assert len(city._opened[1]._readers) == 1
+    assert len(city._opened[1]._where[19][0]._readers) == 1
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "city", 6, overwrite=True)
     assert len(City(tmp_path / "city")) == 6  # the old one, until the new one is whole
@@ -310,7 +366,7 @@ def test_a_full_disk_is_said_with_the_file_and_the_same_command_goes_on(tmp_path
     with files_up_to(20_000), pytest.raises(OSError) as raised:
         write(tmp_path / "city")
     assert raised.value.errno == errno.EFBIG
-    assert raised.value.filename.endswith("panoramas-train.array_record-00000-of-00001")
+    assert raised.value.filename.endswith("-train.array_record-00000-of-00001")
     assert not (tmp_path / "city").exists()
     assert len(write(tmp_path / "city")) == 7
 

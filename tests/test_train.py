@@ -1,6 +1,7 @@
 """The trainer: what it learns, stores, resumes and refuses."""
 
 import asyncio
+import dataclasses
 import io
 import json
 import re
@@ -37,6 +38,8 @@ from cityrag_jax.checkpoint import (
 )
 from cityrag_jax.checkpoint.items import item_arrays
 from cityrag_jax.data.clips import held_out_clips, stack_clips
+from cityrag_jax.data.masks import mask_path
+from cityrag_jax.data.video import write_image
 from cityrag_jax.encode import clip_pixels, to_unit
 from cityrag_jax.generator import Generator
 from cityrag_jax.model.clip_vision import CLIPVision, CLIPVisionConfig
@@ -56,6 +59,7 @@ from cityrag_jax.training.examples import (
     draw_batch,
     insert_batch,
     open_cities,
+    plan_held_out,
 )
 from cityrag_jax.training.log import TrainingLog, read_metrics
 from cityrag_jax.training.losses import Losses
@@ -66,6 +70,7 @@ from cityrag_jax.training.optimizer import (
     split_frozen,
 )
 from cityrag_jax.training.reconstruction import texture_error
+from cityrag_jax.training.samples import cover_videos
 from cityrag_jax.training.start import read_start
 from cityrag_jax.training.step import average, check_finite, init_state, make_step
 from cityrag_jax.training.tasks import describe_model, make_task, swap_conditions
@@ -805,6 +810,31 @@ def test_tensorboard_plays_videos(tmp_path, rng):
     with TrainingLog(tmp_path, 0, 20, tensorboard=True) as log:
         log.show(5, videos, 10.0)
     assert _played(tmp_path) == [(3, 8, 16)] * 2
+
+
+def test_people_are_masked_in_the_videos_of_a_training(folder, config, tmp_path):
+    """Where the truth shows them: in it and in what is made beside it."""
+    shutil.copytree(folder / "city", tmp_path / "city")
+    ((city, pairs),) = sources = open_cities(str(tmp_path / "city"))
+    videos = np.zeros((2, 9, 32, 2 * 48, 3), np.uint8)
+    videos[..., ::2, :] = 255  # blocks make it grey
+    same, shown = cover_videos(videos, sources, config)
+    np.testing.assert_array_equal(same, videos)
+    assert shown == (0, 0)
+    city.captures = dataclasses.replace(
+        city.captures, anonymised=np.zeros(len(city), bool)
+    )
+    (_, plan), _ = plan_held_out(sources, config)[:2]
+    mask = mask_path(city, int(plan.target_captures[4]))
+    mask.parent.mkdir()
+    write_image(mask, np.full((20, 40, 3), 255, np.uint8))
+    covered, shown = cover_videos(videos, sources, config)
+    assert shown.not_anonymised == 18 and shown.masked >= 1
+    assert np.all(np.any(covered[0, 4] != videos[0, 4], axis=-1).reshape(32, 2, 48))
+    assert not np.any(covered[0, :4] != videos[0, :4])
+    config = config.copy_and_resolve_references()
+    config.train.overfit = 4
+    assert cover_videos(videos, sources, config)[1] == (len(city), 0)
 
 
 @pytest.mark.long

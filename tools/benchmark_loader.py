@@ -25,6 +25,7 @@ import simplejpeg
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data.captures import Captures, CityHeader
+from cityrag_jax.data.records import APART, dataset_info
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
 from cityrag_jax.data.writing import Writing, write_city
@@ -38,6 +39,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".webp")
 WORKER = """
 import re, sys
 import numpy as np
+from cityrag_jax.data.records import APART, dataset_info
 from cityrag_jax.data.store import City
 city, count, view = City(sys.argv[1]), int(sys.argv[2]), eval(sys.argv[3])
 rng = np.random.default_rng(1)
@@ -136,9 +138,11 @@ def main(given: argparse.Namespace) -> None:
         rates.append(per_second(obvious, max(1, each // 10), len(city)))
         words = [sys.executable, "-c", WORKER, str(city.folder), "100", repr(VIEW)]
         done = subprocess.run(words, check=True, capture_output=True, text=True)
+        sizes = [dataset_info(city.folder / name)["numBytes"] for name in APART]
     facts = {
         "panoramas": len(panoramas),
         "megabytes_each": round(float(np.mean([len(x) for x in jpegs])) / 1e6, 2),
+        "horizon_share": round(sizes[0] / sum(sizes), 3),
         "crops_a_second": round(rates[0], 1),
         "obvious_a_second": round(rates[1], 2),
         "times": round(rates[0] / rates[1], 1),

@@ -17,7 +17,8 @@ from cityrag_jax.data import capture_checks as checks
 from cityrag_jax.geo.ecef import geodetic_from_ecef
 from cityrag_jax.geo.retrieval import drive_edges
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)  # before 3 the tiles of all rows lay together
 CAPTURES = "captures.parquet"
 REBUILD = "rebuild it with tools/build_city.py"
 
@@ -160,7 +161,7 @@ def read_header(folder: Path) -> CityHeader:
     try:
         document = json.loads(path.read_text())
         version = document["format"]
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise ValueError(
                 f"{path} has format {version}, this program reads {FORMAT_VERSION}; "
                 f"{REBUILD}."

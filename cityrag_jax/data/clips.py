@@ -99,15 +99,19 @@ def plan_clip(
     condition = np.arange(start_b, stop)
     poses = city.captures.ecef_from_camera
     ecef_from_camera = poses[target] @ yaw_rotation(yaw)
-    name = f"{city.name}/{start_a}/{start_b}"
     return ClipPlan(
         target_captures=target,
         target_yaw_rad=yaw,
         ecef_from_camera=ecef_from_camera,
         condition_captures=condition,
         condition_yaw_rad=facing_yaw(ecef_from_camera, poses[condition]),
-        clip_id=zlib.crc32(name.encode()),
+        clip_id=clip_id(city.name, start_a, start_b),
     )
+
+
+def clip_id(city: str, start_a: int, start_b: int) -> int:
+    """Give the number of a pair's clips, of which their noise is drawn."""
+    return zlib.crc32(f"{city}/{start_a}/{start_b}".encode())
 
 
 def make_clip(city: City, plan: ClipPlan, config: ClipConfig) -> Clip:

@@ -57,6 +57,10 @@ class Shown(NamedTuple):
     not_anonymised: int = 0
     masked: int = 0
 
+    def add(self, other: "Shown") -> "Shown":
+        """Count other captures, too."""
+        return Shown(*(a + b for a, b in zip(self, other, strict=True)))
+
     def describe(self) -> str:
         """Say what a person should know before pictures are passed on."""
         bare = self.not_anonymised - self.masked

@@ -1,8 +1,10 @@
-"""JPEG tiles of panoramas as a TensorFlow Datasets folder, without TensorFlow.
+"""JPEG tiles of panoramas as TensorFlow Datasets folders, without TensorFlow.
 
-Record panorama * 40 + tile of `panoramas/1.0.0` is the bytes of one tile, in a
-tf.train.Example, in uncompressed ArrayRecord files with one record a group. The tile
-grid is that of geo/panorama.py. They are written by `shards`.
+A record is the bytes of one tile, in a tf.train.Example, in uncompressed ArrayRecord
+files with one record a group. The tile grid is that of geo/panorama.py. A level crop
+reads the row around the horizon and no other, so that row stands apart: `horizon/1.0.0`
+holds its 8 tiles of each panorama, `panoramas/1.0.0` the 32 others, row by row. In
+cities of the form before, `panoramas` holds all 40. They are written by `shards`.
 """
 
 import bisect
@@ -17,18 +19,47 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from cityrag_jax.data.captures import REBUILD
+from cityrag_jax.geo.panorama import HORIZON, TILES
 
 VERSION = "1.0.0"
-OPENED = 64  # files at once; a process may have 1024
+OPENED = 64  # files of a dataset at once; a process may have 1024
+
+Parts = dict[str, tuple[int, ...]]  # the tiles of a panorama that a dataset holds
+APART: Parts = {
+    "horizon": HORIZON,
+    "panoramas": tuple(tile for tile in range(TILES) if tile not in HORIZON),
+}
+TOGETHER: Parts = {"panoramas": tuple(range(TILES))}
 
 
-def file_name(number: int, count: int) -> str:
+def find_parts(folder: Path) -> Parts:
+    """Say which datasets a city has, and which tiles each of them holds."""
+    return APART if (folder / "horizon").exists() else TOGETHER
+
+
+def file_name(name: str, number: int, count: int) -> str:
     """Give the name that TensorFlow Datasets has for a file, of so many."""
-    return f"panoramas-train.array_record-{number:05d}-of-{count:05d}"
+    return f"{name}-train.array_record-{number:05d}-of-{count:05d}"
+
+
+class Tiles:
+    """The stored JPEG tiles of a city: panorama * 40 + tile, whatever they lie in."""
+
+    def __init__(self, folder: Path):
+        self._where = {}
+        for name, tiles in find_parts(folder).items():
+            records = Records(folder / name)
+            for place, tile in enumerate(tiles):
+                self._where[tile] = records, len(tiles), place
+
+    def __getitem__(self, number: int) -> bytes:
+        panorama, tile = divmod(number, TILES)
+        records, count, place = self._where[tile]
+        return records[panorama * count + place]
 
 
 class Records:
-    """The stored JPEG tiles of a city, by record number. Safe to use from threads.
+    """The records of a dataset, by number. Safe to use from threads.
 
     Files are found by the dataset's own metadata. Raises ValueError, naming the file,
     where metadata or files are missing.
@@ -38,12 +69,12 @@ class Records:
     # threads at once, wait for each other for ever.
     _importing = threading.Lock()
 
-    def __init__(self, folder: Path):
+    def __init__(self, dataset: Path):
         with self._importing:
             from array_record.python.array_record_module import ArrayRecordReader
             from tensorflow_datasets.proto import tf_example_pb2
 
-        self._shards = list_files(folder)
+        self._shards = list_files(dataset)
         self._stops = list(itertools.accumulate(length for _, length in self._shards))
         self._reader = ArrayRecordReader
         self._readers = collections.OrderedDict()
@@ -85,14 +116,27 @@ class Records:
             return reader
 
 
-def count_records(folder: Path) -> int:
-    """Count the records that the files of a city should hold; see that they exist."""
-    return sum(length for _, length in list_files(folder))
+def count_panoramas(folder: Path) -> float:
+    """Count the panoramas that the files of a city should hold; see that they exist.
+
+    A fraction if some lack tiles.
+    """
+    parts = find_parts(folder)
+    counts = [
+        sum(length for _, length in list_files(folder / name)) / len(tiles)
+        for name, tiles in parts.items()
+    ]
+    if min(counts) != max(counts):
+        raise ValueError(
+            f"{folder} holds {counts[0]:g} panoramas in {list(parts)[0]}/ and "
+            f"{counts[-1]:g} in {list(parts)[-1]}/; {REBUILD}."
+        )
+    return counts[0]
 
 
-def dataset_info(folder: Path) -> dict[str, Any]:
-    """Read what the dataset says of its files."""
-    path = folder / "panoramas" / VERSION / "dataset_info.json"
+def dataset_info(dataset: Path) -> dict[str, Any]:
+    """Read what a dataset says of its files."""
+    path = dataset / VERSION / "dataset_info.json"
     try:
         split = json.loads(path.read_text())["splits"][0]
         lengths = [int(n) for n in split["shardLengths"]]
@@ -103,14 +147,13 @@ def dataset_info(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error!r}); {REBUILD}.") from error
 
 
-def list_files(folder: Path) -> list[tuple[Path, int]]:
-    """List the dataset's files and their numbers of records."""
-    lengths = dataset_info(folder)["shardLengths"]
-    files = [
-        folder / "panoramas" / VERSION / file_name(k, len(lengths))
-        for k in range(len(lengths))
-    ]
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file} is missing; {REBUILD}.")
+def list_files(dataset: Path) -> list[tuple[Path, int]]:
+    """List a dataset's files and their numbers of records."""
+    lengths = dataset_info(dataset)["shardLengths"]
+    there = {path.name for path in (dataset / VERSION).iterdir()}
+    names = [file_name(dataset.name, k, len(lengths)) for k in range(len(lengths))]
+    for name in names:
+        if name not in there:
+            raise ValueError(f"{dataset / VERSION / name} is missing; {REBUILD}.")
+    files = [dataset / VERSION / name for name in names]
     return list(zip(files, lengths, strict=True))

@@ -22,7 +22,15 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 
-from cityrag_jax.data.records import VERSION, dataset_info, file_name, list_files
+from cityrag_jax.data.records import (
+    APART,
+    VERSION,
+    Parts,
+    dataset_info,
+    file_name,
+    find_parts,
+    list_files,
+)
 from cityrag_jax.files import named, write_whole
 from cityrag_jax.geo import panorama
 
@@ -72,47 +80,59 @@ def map_ahead(
 class Job:
     """All that a process anywhere needs to make one of the files.
 
-    `files` are those of `count` panoramas, `shard` each, in `folder`.
+    They are those of `count` panoramas, `shard` each, in a city's `folder`: a file in
+    each of the datasets `parts`, numbered from `known` on, `total` in all.
     """
 
     folder: Path
-    files: tuple[str, ...]
+    parts: Parts
+    known: int
+    total: int
     count: int
     shard: int
     encoded: Encoded
 
     def __call__(self, number: int) -> int:
-        """Make a file, and the note that it is made; give its number."""
+        """Make a file of each dataset, and a note that they are made."""
         first = number * self.shard
         stop = min(first + self.shard, self.count)
-        part = zip(range(first, stop), self.encoded(first, stop), strict=True)
-        path = self.folder / self.files[number]
-        write_whole(self._note(number), json.dumps(_write_file(path, part)))
+        panoramas = zip(range(first, stop), self.encoded(first, stop), strict=True)
+        note = _write_files(self.paths(self.known + number), self.parts, panoramas)
+        write_whole(self._note(number), json.dumps(note))
         return number
 
-    @property
-    def pickled(self) -> Path:
-        """Where the job itself lies for processes of other machines, if it does."""
-        return self.folder / "job.pickle"
+    def paths(self, number: int) -> dict[str, Path]:
+        """Give where a file of each dataset lies."""
+        return {
+            name: self.folder / name / VERSION / file_name(name, number, self.total)
+            for name in self.parts
+        }
 
     def missing(self) -> list[int]:
         """List the files that are still to be made."""
-        numbers = range(len(self.files))
-        return [n for n in numbers if not self._note(n).exists()]
+        return [n for n in self._numbers() if not self._note(n).exists()]
 
     def notes(self) -> list[dict[str, Any]]:
         """Read what went into each file."""
-        numbers = range(len(self.files))
-        return [json.loads(self._note(n).read_text()) for n in numbers]
+        return [json.loads(self._note(n).read_text()) for n in self._numbers()]
 
     def forget(self) -> None:
         """Remove all but the files."""
         self.pickled.unlink(missing_ok=True)
-        for number in range(len(self.files)):
+        for number in self._numbers():
             self._note(number).unlink()
 
+    @property
+    def pickled(self) -> Path:
+        """Where the job itself lies for processes of other machines, if it does."""
+        return self.folder / "panoramas" / VERSION / "job.pickle"
+
+    def _numbers(self) -> range:
+        return range(self.total - self.known)
+
     def _note(self, number: int) -> Path:
-        return self.folder / f"{self.files[number]}{NOTE}"
+        path = self.paths(self.known + number)["panoramas"]
+        return path.with_name(f"{path.name}{NOTE}")
 
 
 def in_processes(workers: int, job: Job, numbers: list[int]) -> Iterator[int]:
@@ -149,23 +169,28 @@ def write_shards(
     an interrupted writing of the same `plan` are kept. The files of a city `before`
     come first, as links.
     """
-    path = folder / "panoramas" / VERSION
-    path.mkdir(parents=True, exist_ok=True)
-    old = list_files(before) if before else []
-    total = len(old) + -(-count // SHARD)
-    _keep_of_plan(path, plan)
-    for number, (file, _) in enumerate(old):
-        link(file, path / file_name(number, total))
-    names = tuple(file_name(number, total) for number in range(len(old), total))
-    job = Job(path, names, count, SHARD, encoded)
+    parts = find_parts(before) if before else APART
+    for name in parts:
+        (folder / name / VERSION).mkdir(parents=True, exist_ok=True)
+        _keep_of_plan(folder / name / VERSION, plan)
+    old = {name: list_files(before / name) if before else [] for name in parts}
+    known = len(old["panoramas"])
+    total = known + -(-count // SHARD)
+    job = Job(folder, parts, known, total, count, SHARD, encoded)
+    for name, files in old.items():
+        for number, (file, _) in enumerate(files):
+            link(file, job.paths(number)[name])
     for _ in spread(job, job.missing()):
         pass
     notes = job.notes()
-    lengths = [length for _, length in old] + [note["records"] for note in notes]
-    old_bytes = dataset_info(before)["numBytes"] if before else 0
-    _write_metadata(path, lengths, old_bytes + sum(note["bytes"] for note in notes))
+    for name in parts:
+        info = dataset_info(before / name) if before else {}
+        lengths = [length for _, length in old[name]]
+        lengths += [note[name]["records"] for note in notes]
+        num_bytes = sum(note[name]["bytes"] for note in notes)
+        _write_metadata(folder / name, lengths, info.get("numBytes", 0) + num_bytes)
+        (folder / name / VERSION / PLAN).unlink()
     job.forget()
-    (path / PLAN).unlink()
     return [k for note in notes for k in note["dropped"]]
 
 
@@ -194,30 +219,40 @@ def _keep_of_plan(path: Path, plan: int) -> None:
     write_whole(noted, json.dumps({"plan": plan}))
 
 
-def _write_file(
-    path: Path, panoramas: Iterable[tuple[int, list[bytes] | None]]
+def _write_files(
+    paths: dict[str, Path],
+    parts: Parts,
+    panoramas: Iterable[tuple[int, list[bytes] | None]],
 ) -> dict[str, Any]:
-    """Fill one file under a temporary name; say what went into it."""
+    """Fill a file of each dataset under a temporary name; say what went into them."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    temporary = path.with_name(f".{path.name}")
+    temporary = {n: path.with_name(f".{path.name}") for n, path in paths.items()}
     # JPEG does not shrink: one record a group, uncompressed, is read by itself.
-    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
-    records, num_bytes, dropped = 0, 0, []
+    options = "group_size:1,uncompressed"
+    writers = {
+        n: ArrayRecordWriter(os.fspath(p), options) for n, p in temporary.items()
+    }
+    note: dict[str, Any] = {name: {"records": 0, "bytes": 0} for name in parts}
+    note["dropped"] = []
     for number, tiles in panoramas:
         if tiles is None:
-            dropped.append(number)
-        for tile in tiles or ():
-            example = tf_example_pb2.Example()
-            example.features.feature["jpeg"].bytes_list.value.append(tile)
-            with named(path):
-                writer.write(example.SerializeToString())
-            records, num_bytes = records + 1, num_bytes + len(tile)
-    with named(path):
-        writer.close()
-    os.replace(temporary, path)
-    return {"records": records, "bytes": num_bytes, "dropped": dropped}
+            note["dropped"].append(number)
+            continue
+        for name, places in parts.items():
+            for tile in places:
+                example = tf_example_pb2.Example()
+                example.features.feature["jpeg"].bytes_list.value.append(tiles[tile])
+                with named(paths[name]):
+                    writers[name].write(example.SerializeToString())
+                note[name]["records"] += 1
+                note[name]["bytes"] += len(tiles[tile])
+    for name, path in paths.items():
+        with named(path):
+            writers[name].close()
+        os.replace(temporary[name], path)
+    return note
 
 
 def copy_shards(source: Path, target: Path, dropped: set[int]) -> None:
@@ -225,50 +260,57 @@ def copy_shards(source: Path, target: Path, dropped: set[int]) -> None:
 
     A file that holds none of them is linked, or copied where links cannot be.
     """
+    for name, tiles in find_parts(source).items():
+        (target / name / VERSION).mkdir(parents=True)
+        _copy_dataset(source / name, target / name, len(tiles), dropped)
+
+
+def _copy_dataset(source: Path, target: Path, tiles: int, dropped: set[int]) -> None:
+    """Copy a dataset of so many tiles a panorama."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    path = target / "panoramas" / VERSION
-    path.mkdir(parents=True)
-    parts, first, num_bytes = [], 0, dataset_info(source)["numBytes"]
-    for shard, length in list_files(source):
-        count = length // panorama.TILES
-        gone = [k for k in range(count) if first + k in dropped]
-        first += count
-        parts.append((shard, sorted(set(range(count)) - set(gone))))
+    name, first = source.name, 0
+    files, num_bytes = [], dataset_info(source)["numBytes"]
+    for file, length in list_files(source):
+        rows = range(length // tiles)
+        gone = [k for k in rows if first + k in dropped]
+        first += len(rows)
+        files.append((file, sorted(set(rows) - set(gone))))
         if gone:
-            reader = ArrayRecordReader(os.fspath(shard))
-            num_bytes -= sum(len(tile) for k in gone for tile in _tiles(reader, k))
+            reader = ArrayRecordReader(os.fspath(file))
+            num_bytes -= sum(sum(map(len, _read(reader, k, tiles))) for k in gone)
             reader.close()
-    parts = [(shard, kept) for shard, kept in parts if kept]
-    lengths = []
-    for number, (shard, kept) in enumerate(parts):
-        place = path / file_name(number, len(parts))
-        reader = ArrayRecordReader(os.fspath(shard))
-        if len(kept) * panorama.TILES == reader.num_records():
-            link(shard, place)
+    files = [(file, kept) for file, kept in files if kept]
+    for number, (file, kept) in enumerate(files):
+        place = target / VERSION / file_name(name, number, len(files))
+        reader = ArrayRecordReader(os.fspath(file))
+        if len(kept) * tiles == reader.num_records():
+            link(file, place)
         else:
-            _write_file(place, ((k, _tiles(reader, k)) for k in kept))
+            part = {name: tuple(range(tiles))}
+            _write_files(
+                {name: place}, part, ((k, _read(reader, k, tiles)) for k in kept)
+            )
         reader.close()
-        lengths.append(len(kept) * panorama.TILES)
-    _write_metadata(path, lengths, num_bytes)
+    _write_metadata(target, [len(kept) * tiles for _, kept in files], num_bytes)
 
 
-def _tiles(reader: Any, place: int) -> list[bytes]:
+def _read(reader: Any, panorama: int, tiles: int) -> list[bytes]:
     """Read the tiles of a file's panorama."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    first = place * panorama.TILES
-    found = reader.read(first, first + panorama.TILES)
+    found = reader.read(panorama * tiles, (panorama + 1) * tiles)
     examples = [tf_example_pb2.Example.FromString(record) for record in found]
     return [x.features.feature["jpeg"].bytes_list.value[0] for x in examples]
 
 
-def _write_metadata(path: Path, lengths: list[int], num_bytes: int) -> None:
+def _write_metadata(dataset: Path, lengths: list[int], num_bytes: int) -> None:
     """Write what makes the folder a TensorFlow Datasets one."""
     import tensorflow_datasets as tfds
 
+    path = dataset / VERSION
     template = tfds.core.ShardedFileTemplate(
-        data_dir=path, dataset_name="panoramas", filetype_suffix="array_record"
+        data_dir=path, dataset_name=dataset.name, filetype_suffix="array_record"
     )
     split = tfds.core.SplitInfo(
         name="train",
@@ -283,6 +325,6 @@ def _write_metadata(path: Path, lengths: list[int], num_bytes: int) -> None:
         split_infos=[split],
         filename_template=template,
         check_data=False,
-        description="JPEG tiles: record panorama * 40 + tile.",
+        description="JPEG tiles of panoramas, row by row.",
         disable_shuffling=True,
     )

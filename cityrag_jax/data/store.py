@@ -4,8 +4,9 @@ One folder holds
     city.json      format, name, panorama height, anchor, tables of licences and
                    attributions, settings of the generator
     captures.parquet  the columns of `Captures` and `Provenance`, see columns.py
-    panoramas/     a TensorFlow Datasets folder (ArrayRecord, read without TensorFlow):
-                   record panorama * 40 + tile is one JPEG tile, see geo/panorama.py
+    horizon/ panoramas/   TensorFlow Datasets folders (ArrayRecord, read without
+                   TensorFlow) of JPEG tiles: the row around the horizon, and the rest,
+                   see records.py
     pairs.parquet  mined pairs, written by data/pairs.py
 
 Tiles let a crop decode 2.4 of 40: with random yaw 116 instead of 13 crops a second on
@@ -33,10 +34,7 @@ from cityrag_jax.data.columns import (
 from cityrag_jax.data.provenance import (
     Provenance,
 )
-from cityrag_jax.data.records import (
-    Records,
-    count_records,
-)
+from cityrag_jax.data.records import Tiles, count_panoramas
 from cityrag_jax.geo.panorama import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -97,10 +95,10 @@ class City:
         self.folder = Path(folder)
         self.header = read_header(self.folder)
         self.captures = read_captures(self.folder, self.header)
-        stored = count_records(self.folder)
-        if stored != len(self) * TILES:
+        stored = count_panoramas(self.folder)
+        if stored != len(self):
             raise ValueError(
-                f"{self.folder} holds {stored / TILES:g} panoramas but "
+                f"{self.folder} holds {stored:g} panoramas but "
                 f"{len(self)} poses in {CAPTURES}; {REBUILD}."
             )
         self._opened = (-1, None)
@@ -221,7 +219,7 @@ class City:
         except ValueError as error:
             raise ValueError(
                 f"{self.folder}: tile {tile} (row {row}, column {column}) of panorama "
-                f"{capture} is not a readable JPEG: {error}. Restore panoramas/ from a "
+                f"{capture} is not a readable JPEG: {error}. Restore tiles from a "
                 f"copy, or {REBUILD}."
             ) from error
         if picture.shape != expected:
@@ -232,12 +230,12 @@ class City:
         return picture
 
     def _record(self, number: int) -> bytes:
-        process, records = self._opened
+        process, tiles = self._opened
         if process != os.getpid():
-            process, records = self._opened = os.getpid(), Records(self.folder)
+            process, tiles = self._opened = os.getpid(), Tiles(self.folder)
             # Crops are made in parallel by the loader; threads inside would compete.
             cv2.setNumThreads(1)
-        return records[number]
+        return tiles[number]
 
     def check_pictures(self, count: int = 16) -> None:
         """Decode some whole panoramas over the city, to find damage before training."""

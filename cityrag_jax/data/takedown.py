@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int64
 
 from cityrag_jax.data.captures import write_header
+from cityrag_jax.data.clips import clip_id
 from cityrag_jax.data.columns import CAPTURES, write_columns
 from cityrag_jax.data.pairs import (
     PAIRS,
@@ -27,6 +28,7 @@ from cityrag_jax.data.pairs import (
     read_rules,
     save_pairs,
 )
+from cityrag_jax.data.records import APART
 from cityrag_jax.data.shards import copy_shards
 from cityrag_jax.data.store import City
 from cityrag_jax.data.writing import sole_writer, take_place
@@ -35,7 +37,7 @@ from cityrag_jax.geo.retrieval import drive_edges
 
 SIDECAR, LATENTS = "generate.json", "latents.json"
 TAKEN = "taken_down.txt"  # beside pictures that are imported: ids, one a line
-WRITTEN = ("city.json", CAPTURES, PAIRS, "panoramas")  # anew; all else is copied
+WRITTEN = ("city.json", CAPTURES, PAIRS, *APART)  # anew; all else is copied
 
 
 def find_captures(city: City, ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
@@ -87,19 +89,46 @@ def remove_captures(city: City, rows: Int64[np.ndarray, " n"]) -> dict[str, int]
 def without_rows(pairs: Pairs, city: City, kept: Bool[np.ndarray, " N"]) -> Pairs:
     """Give the pairs that show none of the captures that go, by their new numbers."""
     before = np.concatenate([[0], np.cumsum(~kept)])
+    left = pairs.select(show_none(pairs, city, kept))
+    return dataclasses.replace(
+        left,
+        start_a=left.start_a - before[left.start_a],
+        start_b=left.start_b - before[left.start_b],
+    )
+
+
+def show_none(
+    pairs: Pairs, city: City, kept: Bool[np.ndarray, " N"]
+) -> Bool[np.ndarray, " P"]:
+    """Say which pairs show none of the captures that go."""
+    before = np.concatenate([[0], np.cumsum(~kept)])
     edges = drive_edges(city.captures.drive)
     stop_a = pairs.start_a + pairs.num_frames
     # Conditions are at most a few captures longer than windows; twice is safe.
     stop_b = edges[np.searchsorted(edges, pairs.start_b, "right")]
     stop_b = np.minimum(pairs.start_b + 2 * pairs.num_frames, stop_b)
     whole = before[stop_a] == before[pairs.start_a]
-    whole &= before[stop_b] == before[pairs.start_b]
-    left = pairs.select(whole)
-    return dataclasses.replace(
-        left,
-        start_a=left.start_a - before[left.start_a],
-        start_b=left.start_b - before[left.start_b],
-    )
+    return whole & (before[stop_b] == before[pairs.start_b])
+
+
+def name_clips(city: City, rows: Int64[np.ndarray, " n"]) -> dict[int, int | None]:
+    """Give, for the clips of a city's training pairs, the numbers that they will have.
+
+    None for those that show some of the captures `rows`, which go.
+    """
+    if not (city.folder / PAIRS).exists():
+        return {}
+    kept = np.ones(len(city), bool)
+    kept[rows] = False
+    pairs = load_pairs(city.folder).training
+    left = without_rows(pairs, city, kept)
+    names = [
+        [clip_id(city.name, *x) for x in zip(a.tolist(), b.tolist(), strict=True)]
+        for a, b in ((pairs.start_a, pairs.start_b), (left.start_a, left.start_b))
+    ]
+    new: dict[int, int | None] = dict.fromkeys(names[0])
+    whole = np.flatnonzero(show_none(pairs, city, kept)).tolist()
+    return new | {names[0][k]: name for k, name in zip(whole, names[1], strict=True)}
 
 
 def find_videos(folder: Path, city: str, ids: Iterable[str]) -> Iterator[Path]:

@@ -22,6 +22,7 @@ TILE_COLUMNS = 8
 TILE_ROW_EIGHTHS = (0, 1, 3, 5, 7, 8)
 TILE_ROWS = len(TILE_ROW_EIGHTHS) - 1
 TILES = TILE_ROWS * TILE_COLUMNS
+HORIZON = tuple(range(2 * TILE_COLUMNS, 3 * TILE_COLUMNS))  # tiles of the middle row
 
 
 @dataclasses.dataclass(frozen=True)

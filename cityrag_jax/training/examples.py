@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from cityrag_jax.batch import Clip
 from cityrag_jax.data.clips import (
     ClipConfig,
+    ClipPlan,
     held_out_plans,
     make_clip,
     stack_clips,
@@ -255,6 +256,20 @@ def clips_at_once(config: ConfigDict) -> int:
     return min(train.encode_batch if train.pool else part, config.eval.clips)
 
 
+def plan_held_out(sources: Sources, config: ConfigDict) -> list[tuple[City, ClipPlan]]:
+    """Plan the `eval.clips` held-out clips, shared among the cities."""
+    share = -(-config.eval.clips // len(sources))
+    limits = dict(seed=config.eval.seed, min_rotation_deg=config.eval.min_rotation_deg)
+    plans = [
+        (city, plan)
+        for city, pairs in sources
+        for plan in held_out_plans(
+            city, pairs, clip_config(config.data), share, **limits
+        )
+    ]
+    return plans[: config.eval.clips]
+
+
 def held_out_examples(
     encode: Callable[[Clip], Examples],
     sources: Sources,
@@ -270,14 +285,7 @@ def held_out_examples(
         count = -(-config.train.overfit // size)
         batches = stream(sources, config, 0, mesh, size)
         return [encode(next(batches)) for _ in range(count)]
-    clips = clip_config(config.data)
-    share = -(-config.eval.clips // len(sources))
-    limits = dict(seed=config.eval.seed, min_rotation_deg=config.eval.min_rotation_deg)
-    plans = [
-        (city, plan)
-        for city, pairs in sources
-        for plan in held_out_plans(city, pairs, clips, share, **limits)
-    ][: config.eval.clips]
+    clips, plans = clip_config(config.data), plan_held_out(sources, config)
     size = clips_at_once(config)
     rows = batch_share(mesh, size)
     batches = []

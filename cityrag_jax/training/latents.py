@@ -4,10 +4,12 @@ A folder holds the first clips of a training's stream in its order, so that a tr
 reads what it would have encoded: `latents.json` says of what data, seed
 and autoencoder, `NNNNN.safetensors` are `shard_clips` clips each. Every array has a
 row a clip and, as NAME.crc32, the checksum of each row, which is verified when it is
-read. A file appears by being renamed, whole; what is there is not made again.
+read. A file appears by being renamed, whole; what is there is not made again. When
+captures are taken out of a city, the clips that show them go (`without_clips`).
 """
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -147,8 +149,11 @@ class Latents:
                 f"train.latents: {path} is missing; make the folder with "
                 "tools/encode_latents.py."
             )
-        self.record = json.loads(path.read_text())
-        self.clips, self._size = self.record["clips"], self.record["shard_clips"]
+        try:
+            self.record = json.loads(path.read_text())
+            self.clips, self._size = self.record["clips"], self.record["shard_clips"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); encode anew.") from error
         numbers = range(-(-self.clips // self._size))
         missing = [n for n in numbers if not _shard(self.folder, n).exists()]
         if missing:
@@ -211,3 +216,52 @@ class Latents:
                 waiting.append(readers.submit(read, step))
                 step += 1
                 yield place_batch(batch, mesh, size)
+
+
+def without_clips(
+    folder: Path, city: str, names: dict[int, int | None]
+) -> tuple[Path, int]:
+    """Copy latents to a folder beside, without those of a city's clips that go.
+
+    `names` gives for each clip of the city its number from now on, None for one that
+    goes. Gives that folder and how many clips it lacks. Behind it the clips are no
+    longer the first of a training's stream, but all are clips of it. Raises ValueError
+    where the city's clips cannot be told: of an encoding that was not finished, or of
+    other pairs than `names` are.
+    """
+    latents = Latents(folder)
+    record = latents.record
+    if record["pairs"][city] != len(names):
+        raise ValueError(
+            f"{folder} is of {record['pairs'][city]} pairs of {city}, which has "
+            f"{len(names)} now."
+        )
+    target = folder.with_name(f".{folder.name}.takedown")
+    shutil.rmtree(target, ignore_errors=True)  # of one that was killed
+    target.mkdir()
+    try:
+        kept = _copy_clips(latents, target, names)
+    except ValueError:  # damaged
+        shutil.rmtree(target)
+        raise
+    left = sum(name is not None for name in names.values())
+    gone = record.get("taken_down", 0) + latents.clips - kept
+    record |= dict(clips=kept, taken_down=gone, pairs=record["pairs"] | {city: left})
+    write_whole(target / RECORD, json.dumps(record, indent=1) + "\n")
+    return target, latents.clips - kept
+
+
+def _copy_clips(latents: Latents, target: Path, names: dict[int, int | None]) -> int:
+    """Copy clips, but those named None, under their new numbers; count them."""
+    rows, kept, of_shard = [], 0, latents.record["shard_clips"]
+    for number in range(latents.clips):
+        row = latents.read([number])
+        name = names.get(int(row["clip_id"][0]), int(row["clip_id"][0]))
+        if name is not None:
+            rows.append(row | {"clip_id": np.full_like(row["clip_id"], name)})
+        if len(rows) == of_shard or (rows and number + 1 == latents.clips):
+            joined = {n: np.concatenate([row[n] for row in rows]) for n in rows[0]}
+            path = _shard(target, kept // of_shard)
+            _write_shard(path, joined, latents.record["dtype"])
+            rows, kept = [], kept + len(rows)
+    return kept

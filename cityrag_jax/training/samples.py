@@ -14,10 +14,12 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from cityrag_jax.checkpoint import abstract_model, with_parameters
+from cityrag_jax.data.masks import Shown, cover_views
 from cityrag_jax.diffusion import flow
 from cityrag_jax.generator import decode
 from cityrag_jax.parallel import fetch
 from cityrag_jax.sampling import Sampler, read_sampler
+from cityrag_jax.training.examples import Sources, plan_held_out
 from cityrag_jax.training.program import Program
 from cityrag_jax.training.task import Encoders, Examples, Params
 from cityrag_jax.training.tasks import conditions_of
@@ -48,6 +50,28 @@ def sample_videos(
     both = [decode(encoders["vae"], x)[0] for x in (made, examples["latents"])]
     made, true = (x[: config.eval.videos] for x in fetch(both))
     return np.concatenate([made, true], axis=3)
+
+
+def cover_videos(
+    videos: UInt8[np.ndarray, "n T H W 3"], sources: Sources, config: ConfigDict
+) -> tuple[UInt8[np.ndarray, "n T H W 3"], Shown]:
+    """Mask the people whom the truth shows in both halves of `sample_videos`.
+
+    Clips that are repeated (`train.overfit`) are of the stream: any may show anybody.
+    """
+    if config.train.overfit:
+        bare = [int(np.sum(~city.captures.anonymised)) for city, _ in sources]
+        return videos, Shown(sum(bare))
+    covered, count = [], Shown()
+    for (city, plan), video in zip(
+        plan_held_out(sources, config), videos, strict=False
+    ):
+        halves = np.split(video, 2, axis=2)
+        views = city, plan.target_captures, plan.target_yaw_rad
+        both = [cover_views(*views, half, config.data.fov_deg) for half in halves]
+        covered.append(np.concatenate([half for half, _ in both], axis=2))
+        count = count.add(both[0][1])
+    return np.stack(covered), count
 
 
 def few_steps(config: ConfigDict) -> Sampler:
