@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cityrag_jax.commands import Command
 from cityrag_jax.data import takedown
+from cityrag_jax.data.remote import refuse_remote
 from cityrag_jax.data.store import City
 from cityrag_jax.data.writing import take_place
 from cityrag_jax.training.latents import RECORD, without_clips
@@ -38,6 +39,7 @@ COMMAND.switch("--dry-run", "only say what would go")
 def main(given: argparse.Namespace) -> None:
     """Say what goes, and let it go."""
     city = City(given.city)
+    refuse_remote(city.folder)
     rows = takedown.find_captures(city, given.id)
     # All that may fail comes first: what is begun is finished.
     latents = [folder for folder in given.latents if folder.exists()]

@@ -11,6 +11,7 @@ from cityrag_jax.data.pairs import (
     mine_pairs,
     save_pairs,
 )
+from cityrag_jax.data.remote import refuse_remote
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.districts import number_districts
 from cityrag_jax.geo.ecef import geodetic_from_ecef
@@ -34,6 +35,7 @@ def mine_city(
     out, but in toy cities, whose neighbourhoods lie apart.
     """
     opened = City(folder)
+    refuse_remote(opened.folder)
     if districts is not None:
         opened = set_districts(opened, districts)
     elif captures_digest(opened.folder) is None:  # another program wrote the columns

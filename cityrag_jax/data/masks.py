@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float64, Int, UInt8
 
+from cityrag_jax.data.remote import fetch
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image
 from cityrag_jax.geo.panorama import crop_angles
@@ -94,7 +95,7 @@ def cover_views(
     Views are those of `City.crops`. Captures that are anonymised stay as they are.
     """
     bare = [int(c) for c in np.unique(captures) if not city.captures.anonymised[c]]
-    paths = {c: path for c in bare if (path := mask_path(city, c)).exists()}
+    paths = {c: path for c in bare if (path := fetch(mask_path(city, c))).exists()}
     if paths:
         frames = frames.copy()
     masks: dict[int, np.ndarray] = {}

@@ -19,6 +19,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from cityrag_jax.data.captures import REBUILD
+from cityrag_jax.data.remote import fetch, list_names
 from cityrag_jax.geo.panorama import HORIZON, TILES
 
 VERSION = "1.0.0"
@@ -100,7 +101,7 @@ class Records:
             if reader is None:
                 path, length = self._shards[shard]
                 reader = self._reader(
-                    os.fspath(path),
+                    os.fspath(fetch(path)),
                     options="readahead_buffer_size:0,max_parallelism:0",
                     file_reader_buffer_size=32768,
                 )
@@ -150,7 +151,7 @@ def dataset_info(dataset: Path) -> dict[str, Any]:
 def list_files(dataset: Path) -> list[tuple[Path, int]]:
     """List a dataset's files and their numbers of records."""
     lengths = dataset_info(dataset)["shardLengths"]
-    there = {path.name for path in (dataset / VERSION).iterdir()}
+    there = list_names(dataset / VERSION)
     names = [file_name(dataset.name, k, len(lengths)) for k in range(len(lengths))]
     for name in names:
         if name not in there:

@@ -31,10 +31,10 @@ from cityrag_jax.data.columns import (
     read_captures,
     read_provenance,
 )
-from cityrag_jax.data.provenance import (
-    Provenance,
-)
-from cityrag_jax.data.records import Tiles, count_panoramas
+from cityrag_jax.data.pairs import PAIRS
+from cityrag_jax.data.provenance import Provenance
+from cityrag_jax.data.records import APART, VERSION, Tiles, count_panoramas
+from cityrag_jax.data.remote import bring
 from cityrag_jax.geo.panorama import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -46,6 +46,12 @@ from cityrag_jax.geo.panorama import (
     touched_tiles,
 )
 from cityrag_jax.geo.retrieval import CaptureIndex, drive_edges, index_captures
+
+DATASETS = tuple(f"{name}/{VERSION}" for name in APART)
+TABLES = (
+    *("city.json", CAPTURES, PAIRS, "import.json"),
+    *(f"{dataset}/dataset_info.json" for dataset in DATASETS),
+)
 
 # Parts of a panorama's column that a crop's centre is rounded to; OpenCV itself rounds
 # places to 32 parts. 0.003 degrees where a panorama is 2048 high.
@@ -88,11 +94,12 @@ def _sample(canvas: np.ndarray, *maps: np.ndarray) -> np.ndarray:
 class City:
     """Reads a city: columns at once, pictures when asked for.
 
+    Its folder may lie in an object store (see `remote`); `folder` is then the copy.
     Cheap to pickle and safe to fork: every process opens the records itself.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = bring(folder, TABLES, DATASETS)
         self.header = read_header(self.folder)
         self.captures = read_captures(self.folder, self.header)
         stored = count_panoramas(self.folder)

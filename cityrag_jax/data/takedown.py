@@ -29,6 +29,7 @@ from cityrag_jax.data.pairs import (
     save_pairs,
 )
 from cityrag_jax.data.records import APART
+from cityrag_jax.data.remote import refuse_remote
 from cityrag_jax.data.shards import copy_shards
 from cityrag_jax.data.store import City
 from cityrag_jax.data.writing import sole_writer, take_place
@@ -57,6 +58,7 @@ def find_captures(city: City, ids: Sequence[str]) -> Int64[np.ndarray, " n"]:
 
 def remove_captures(city: City, rows: Int64[np.ndarray, " n"]) -> dict[str, int]:
     """Remove captures from a city on disk; say what went."""
+    refuse_remote(city.folder)
     kept = np.ones(len(city), bool)
     kept[rows] = False
     if not kept.any():

@@ -28,6 +28,7 @@ from cityrag_jax.data.provenance import (
     check_provenance,
     number_captures,
 )
+from cityrag_jax.data.remote import refuse_remote
 from cityrag_jax.data.shards import Spread, encode_panorama, map_ahead, write_shards
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.panorama import tile_edges
@@ -143,6 +144,7 @@ class _InOrder:
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Refuse to write where something stands, unless it may be replaced."""
+    refuse_remote(folder)
     if folder.exists() and not overwrite:
         raise ValueError(
             f"{folder} exists already; remove it, choose another name, or give "

@@ -28,6 +28,7 @@ from cityrag_jax.data.clips import (
 )
 from cityrag_jax.data.loader import training_clips
 from cityrag_jax.data.pairs import Pairs, load_pairs
+from cityrag_jax.data.remote import origin_of
 from cityrag_jax.data.store import City
 from cityrag_jax.parallel import (
     axis_size,
@@ -55,9 +56,10 @@ def open_cities(folders: str) -> Sources:
             "config.data.city is empty; give --config.data.city=DIR[,DIR...]. Build "
             "the toy city with tools/build_city.py."
         )
-    sources = [(City(name), load_pairs(name)) for name in names]
+    sources = [(city, load_pairs(city.folder)) for city in map(City, names)]
     for city, _ in sources:
-        city.check_pictures()
+        # Of a store's each may cost a file of tiles that training never reads.
+        city.check_pictures(1 if origin_of(city.folder) else 16)
     return sources
 
 
