@@ -145,6 +145,20 @@ def from_writer(value: np.ndarray | np.generic) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+# What Gloo and NCCL say of a process whose connection has gone.
+PEER_LOST = (
+    *("Connection reset by peer", "Connection closed by peer", "Broken pipe"),
+    *("ncclRemoteError", "remote process exiting", "heartbeat timeout"),
+)
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Say whether a collective failed because another process has gone."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+        return False
+    return any(words in str(error) for words in PEER_LOST)
+
+
 def any_process(values: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """Say which values are true in any process, so that all decide the same."""
     if jax.process_count() == 1:

@@ -183,7 +183,9 @@ def test_one_process_killed_or_stuck_ends_all_and_they_go_on_to_the_same_bits(fo
     wait_for_step(folder / "disturbed", 4)
     killed[1].kill()
     ended = [process.communicate(timeout=120) for process in killed]
-    assert killed[0].returncode != 0, ended[0]
+    assert killed[0].returncode == 75, ended[0]
+    assert "process 1 is lost (its connection broke)" in ended[0][1]
+    assert "internal error" not in ended[0][1]
     limit_s = 20.0
     stuck = start(folder, "disturbed", (1, 4, 2), 2, **steps, train__stuck_s=limit_s)
     wait_for_step(folder / "disturbed", 12)

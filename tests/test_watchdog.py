@@ -1,12 +1,15 @@
 """Who is stuck is named; what goes wrong in a training is said with its cure."""
 
 import os
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cityrag_jax.commands import command
 from cityrag_jax.training import grace, watchdog
 from cityrag_jax.training.losses import Losses
 from cityrag_jax.training.watchdog import describe_stuck
@@ -54,6 +57,37 @@ def test_a_peer_that_was_heard_of_and_falls_silent_is_named(
         assert not any(ours._lost() for _ in range(3))
     said = ours._lost()
     assert f"process {peer} is lost" in said and "goes on from the last" in said
+
+
+def test_a_broken_connection_ends_all_and_names_who_is_silent(
+    tmp_path, monkeypatch, capsys
+):
+    """Of three, process 2 goes on touching its file; the killed one left it behind."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    gone = jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection reset by peer")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        with watchdog.Watchdog(tmp_path, 1.0):
+            (tmp_path / "1.json").write_text("{}")
+            threading.Thread(target=touch_for, args=(tmp_path / "2.json", 1.0)).start()
+            time.sleep(0.2)
+            raise gone
+    said = capsys.readouterr().err
+    assert "process 1 is lost (its connection broke)" in said and set(ended) == {75}
+    with pytest.raises(ValueError), watchdog.Watchdog(tmp_path, 0.0):
+        raise ValueError("bad input")
+    assert command.describe_error(gone)[1] == 75
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert command.describe_error(gone)[1] == 70
+    assert not capsys.readouterr().err
+
+
+def touch_for(path, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        path.write_text("{}")
+        time.sleep(0.02)
 
 
 def feed(losses, first, values):

@@ -15,6 +15,7 @@ ends with
     1   training went astray (FloatingPointError)
     2   something given is wrong: one line says what, where and what to do
     3   some of many things cannot be done, the others are
+    75  of several processes that work together another is lost
     70  a fault of this program: one line says where; --debug shows the traceback
     130 stopped by hand
 """
@@ -23,6 +24,7 @@ import argparse
 import contextlib
 import dis
 import errno
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -37,10 +39,11 @@ from cityrag_jax.commands.config_files import (
     nearest,
 )
 from cityrag_jax.files import made_for_use
+from cityrag_jax.parallel import is_peer_lost
 
 PACKAGE = str(Path(__file__).parents[1])
 ROOT = str(Path(__file__).parents[2])
-BAD_INPUT, FAULT, STOPPED = 2, 70, 130
+BAD_INPUT, FAULT, PEER_LOST, STOPPED = 2, 70, 75, 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what no room on a disk is called
 CONFIG_HELP = (
     "Python file with get_config(variant), such as configs/toy_city.py[:variant]; "
@@ -143,7 +146,10 @@ class Command:
         except KeyboardInterrupt:
             return _say("stopped.", STOPPED)
         except Exception as error:
-            return _say(*describe_error(error))
+            code = _say(*describe_error(error))
+            if code == PEER_LOST:  # JAX would wait for the other, and abort without it
+                os._exit(code)
+            return code
 
     def _make(self, main, given: argparse.Namespace) -> int:
         """Call, and leave no empty folder where nothing came of it."""
@@ -197,6 +203,12 @@ def is_refusal(error: BaseException) -> bool:
 
 def describe_error(error: Exception) -> tuple[str, int]:
     """Give the line that a person reads, and the exit code."""
+    if is_peer_lost(error):
+        reason = " ".join(str(error).split())[-60:]
+        return (
+            f"error: another of the joined processes is lost (... {reason}). Look at "
+            "what it said last, end what is left of it, and repeat the command."
+        ), PEER_LOST
     if not is_refusal(error):
         place = _last_place(error)
         text = " ".join(str(error).split())[:300]

@@ -264,9 +264,9 @@ def _columns(
         both = zip(first, look(part), strict=True)
         return _first(*(jnp.concatenate(pair, axis=1) for pair in both), count)
 
-    distance, index = jax.lax.fori_loop(
-        1, parts, merge, _first(*look(jnp.int32(0)), count)
-    )
+    none = jnp.zeros((shape[0], count, *shape[1:]), jnp.int32)
+    nothing = none.astype(jnp.float32) + FAR, none
+    distance, index = jax.lax.fori_loop(0, parts, merge, nothing)
     picked = []
     for k in range(count):
         flat = index[:, k].reshape(shape[0], -1)

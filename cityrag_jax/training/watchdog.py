@@ -19,6 +19,8 @@ from pathlib import Path
 
 import jax
 
+from cityrag_jax.parallel import is_peer_lost
+
 STUCK = 75  # exit code: try again (EX_TEMPFAIL)
 LOST_S = 60.0  # of silence, before JAX's own 100 s are over
 
@@ -45,7 +47,9 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, _):
+        if self._limit_s > 0 and error is not None and is_peer_lost(error):
+            self._end(describe_lost(self._silent(), "its connection broke"))
         self._closed.set()
         if self._limit_s > 0:
             self._thread.join()
@@ -71,8 +75,13 @@ class Watchdog:
             if told is None and time.monotonic() - self._since > self._limit_s:
                 told = self._verdict()
             if told is not None:
-                print(told, file=sys.stderr, flush=True)
-                os._exit(STUCK)
+                self._end(told)
+
+    @staticmethod
+    def _end(told: str) -> None:
+        """End at once: JAX's own end waits for all, and aborts without them."""
+        print(told, file=sys.stderr, flush=True)
+        os._exit(STUCK)
 
     def _tell(self, count: int) -> None:
         temporary = self._file.with_suffix(".tmp")
@@ -96,8 +105,24 @@ class Watchdog:
             looks = looks + 1 if touched == last else 0
             self._heard[peer] = first, touched, looks
             if touched != first and looks * self._look_s > LOST_S:
-                return describe_lost(peer, LOST_S)
+                return describe_lost([peer], f"no sign of life for {LOST_S:.0f} s")
         return None
+
+    def _silent(self) -> list[int]:
+        """Watch for a moment which processes touch their file no more."""
+
+        def touched() -> dict[int, float]:
+            found = {}
+            for number in range(jax.process_count()):
+                with contextlib.suppress(OSError):
+                    file = self._folder / f"{number}.json"
+                    found[number] = file.stat().st_mtime
+            return found
+
+        before = touched()
+        time.sleep(4 * self._look_s)
+        after = touched()
+        return [number for number in before if before[number] == after.get(number)]
 
     def _verdict(self) -> str:
         """Say who is stuck; times are compared on the file system's own clock."""
@@ -112,13 +137,13 @@ class Watchdog:
         return describe_stuck(places, self._limit_s)
 
 
-def describe_lost(peer: int, silent_s: float) -> str:
+def describe_lost(peers: list[int], reason: str) -> str:
     """Say that a process is gone, and what to do."""
+    name = f"process {', '.join(map(str, peers))}" if peers else "another process"
     return (
-        f"error: process {peer} is lost: nothing was heard of it for {silent_s:.0f} s, "
-        "and no update can end without it. The training ends here; look at its machine "
-        "and at what it said last, end what is left of it, and the same command goes "
-        "on from the last checkpoint."
+        f"error: {name} is lost ({reason}), and no update can end without it. The "
+        "training ends here; look at its machine and at what it said last, end what is "
+        "left of it, and the same command goes on from the last checkpoint."
     )
 
 
