@@ -269,8 +269,9 @@ def test_a_pose_file_names_its_pictures(tmp_path, kind):
             lines.append(f"{k}.jpg;{place};2023-11-14T22:13:{20 + k}.5Z;522")
         poses.write_text("\n".join(lines))
     source = folder.Source(tmp_path / "in", NOBODY, poses=poses)
-    city, _ = folder.import_folder(source, MAKING, tmp_path / "out")
+    city, report = folder.import_folder(source, MAKING, tmp_path / "out")
     assert city.captures.time_s.tolist() == [MORNING + 0.5 + k for k in range(5)]
+    assert not any("time zone" in note for note in report["notes"])  # of the pictures
     turned = np.rad2deg(headings(city.captures.ecef_from_camera))
     np.testing.assert_allclose(turned, 10.0, atol=1e-6)
 
