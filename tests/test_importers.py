@@ -4,6 +4,9 @@ import importlib.util
 import json
 import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -186,13 +189,50 @@ def test_a_stopped_import_goes_on(photos, city, tmp_path, monkeypatch):
     np.testing.assert_array_equal(made.panorama(20), city.panorama(20))
 
 
+PROGRAM = """
+import runpy, sys
+from cityrag_jax.data import shards
+if __name__ == "__main__":  # not again in its processes
+    shards.SHARD = 10
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.long
-def test_processes_side_by_side_write_the_same_bytes(
+def test_processes_side_by_side_are_killed_and_write_the_same_bytes(
     photos, city, tmp_path, monkeypatch
 ):
+    """With whoever started them they end, too; what was made is not made again."""
+    program, shared = tmp_path / "program.py", tmp_path / "munich"
+    program.write_text(PROGRAM)
+    words = ["--source=folder", f"--from={photos}", f"--out={shared}", *SHORT]
+    command = [sys.executable, program, TOOL, *words, "--workers=2"]
+    started = subprocess.Popen(list(map(str, command)), cwd=TOOL.parents[1])
+    writing = tmp_path / ".munich.writing"
+    deadline = time.monotonic() + 60
+    while not (notes := list(writing.glob("panoramas/*/*0*.json"))):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = pathlib.Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    workers = children.read_text().split()
+    assert len(workers) >= 2
+    started.kill()
+    started.wait()
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    before = {path: path.stat().st_mtime_ns for path in notes}
     monkeypatch.setattr(shards, "SHARD", 10)
-    shared, words = tmp_path / "munich", ["--source=folder", f"--from={photos}", *SHORT]
-    build(*words, f"--out={shared}", "--workers=2")
+    kept, forget = [], shards.Job.forget
+
+    def look(job):
+        kept.extend(p.stat().st_mtime_ns == before[p] for p in before)
+        forget(job)
+
+    monkeypatch.setattr(shards.Job, "forget", look)
+    build(*words, "--workers=2")
+    assert kept and all(kept)
     same_files(city.folder, shared, files=5)
 
 
