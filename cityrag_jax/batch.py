@@ -26,7 +26,9 @@ class Clip:
     `frames` holds them all in training and frame 0 alone in generation (T = 1).
     `condition` is padded to a static length by repeating its last frame;
     `condition_length` counts the real ones, 0 where nothing was captured. `clip_id`
-    seeds noise, so that a clip draws the same noise on every mesh.
+    seeds noise, so that a clip draws the same noise on every mesh. `first_from_view`
+    are the poses of the condition's cameras, relative to the target's frame 0 as well
+    and padded as it is; None where nobody asks for them.
     """
 
     frames: UInt8[np.ndarray, "*B T H W 3"]
@@ -34,6 +36,7 @@ class Clip:
     condition: UInt8[np.ndarray, "*B F H W 3"]
     condition_length: Int32[np.ndarray, "*B"]
     clip_id: UInt32[np.ndarray, "*B"]
+    first_from_view: Float32[np.ndarray, "*B F 4 4"] | None = None
 
     def tree_flatten_with_keys(self):
         """Give the arrays in the order of the fields."""
@@ -57,7 +60,8 @@ class Conditions(nnx.Pytree):
     `first_frame` is Wan's mask (4 channels) then image latents, concatenated behind
     the noise. `geo_length` counts real latent frames of `geo_latents`. `keep_geo` and
     `keep_pose` are 1 or 0 for each clip: a dropped condition contributes nothing.
-    None means that the model has no such input.
+    `geo_poses` are the condition's own cameras, for branches that embed them. None
+    means that the model has no such input.
     """
 
     text: Float[Array, "B S E"] = nnx.data()
@@ -68,6 +72,7 @@ class Conditions(nnx.Pytree):
     keep_geo: Float[Array, " B"] | None = nnx.data(default=None)
     poses: Float[Array, "B T 4 4"] | None = nnx.data(default=None)
     keep_pose: Float[Array, " B"] | None = nnx.data(default=None)
+    geo_poses: Float[Array, "B F 4 4"] | None = nnx.data(default=None)
 
 
 def latent_frames(num_frames: int) -> int:

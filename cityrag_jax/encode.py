@@ -210,7 +210,7 @@ def encode_clips(
 def _conditions(vae, clip, text, clip_vision, geo_latents):
     batch, num_frames = clip.first_from_camera.shape[:2]
     images = clip.frames[:, 0]
-    length = jnp.asarray(clip.condition_length)
+    length, views = jnp.asarray(clip.condition_length), clip.first_from_view
 
     def condition(images):
         return first_frames_conditioning(vae, to_unit(images), num_frames)
@@ -228,4 +228,5 @@ def _conditions(vae, clip, text, clip_vision, geo_latents):
         keep_geo=(length > 0).astype(jnp.float32),
         poses=jnp.asarray(clip.first_from_camera),
         keep_pose=jnp.ones(batch),
+        geo_poses=None if views is None else jnp.asarray(views),
     )

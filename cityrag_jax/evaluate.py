@@ -72,6 +72,7 @@ ROWS = (
 )
 SHOWN = (FULL, POSE_ALONE, RECOLOURED)
 OF_CONDITION = ("retrieved", RECOLOURED)  # what is shown of the retrieved captures
+GEO = ("geo_latents", "geo_length", "geo_poses")  # what is told of the place
 EXAMPLES, STRIP = 4, 6  # clips that are drawn, and frames of each
 # Keys that decide about a table, and those of them that do not.
 DECIDING = (
@@ -114,11 +115,9 @@ def swap_places(conditions: Conditions) -> Conditions:
     """Give every clip of a batch the retrieved video of another one."""
     if len(conditions.geo_latents) < 2:
         raise ValueError("Another place's condition needs two clips in a batch.")
-    return dataclasses.replace(
-        conditions,
-        geo_latents=jnp.roll(conditions.geo_latents, 1, axis=0),
-        geo_length=jnp.roll(conditions.geo_length, 1, axis=0),
-    )
+    geo = {name: getattr(conditions, name) for name in GEO}
+    rolled = {n: jnp.roll(x, 1, axis=0) for n, x in geo.items() if x is not None}
+    return dataclasses.replace(conditions, **rolled)
 
 
 def fit_length(clips: Clip) -> Videos:

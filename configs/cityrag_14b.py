@@ -66,7 +66,7 @@ def _paper() -> ConfigDict:
         pose=dict(hidden=512),
         # `output` or "copy", "scaled_copy". Muon at 1e-5 adds 2e-6 to an RMS an update:
         # from zero to 0.014, the base's size, takes 7,000 of 20,000 all one way.
-        geo=dict(latent_channels=16, same_place_bias=0.0, output="zero"),
+        geo=dict(latent_channels=16, same_place_bias=0.0, output="zero", view_poses=0),
         text="from_checkpoint",
     )
     config.optimizer.update(

@@ -58,7 +58,7 @@ def _gpu() -> ConfigDict:
         preset="",
         transformer=transformer,
         pose=dict(hidden=128),
-        geo=dict(latent_channels=16, same_place_bias=1.0),
+        geo=dict(latent_channels=16, same_place_bias=1.0, view_poses=0),
         text="constant",
     )
     config.optimizer.update(

@@ -97,6 +97,30 @@ def test_a_dropped_condition_contributes_nothing_and_a_kept_one_does():
     np.testing.assert_array_equal(changed, half == 1)
 
 
+def test_poses_of_views_count_where_a_model_sees_them_and_real_views_alone():
+    """A new encoder of them changes nothing; what pads the condition never does."""
+    rngs = nnx.Rngs(0)
+    geo = GeoBranch(TINY, same_place_bias=1.0, view_poses=8, rngs=rngs)
+    model = make_model(silent=False)
+    given = nnx.state(model.branches[0])
+    nnx.update(geo, given)
+    views = jax.random.normal(jax.random.key(5), (BATCH, 13, 4, 4))
+    conditions = make_conditions(geo_poses=views)
+    plain = conditioned(model, conditions)
+    model.branches = nnx.data((geo, model.branches[1]))
+    np.testing.assert_array_equal(conditioned(model, conditions), plain)
+    kernel = geo.view_poses.projection.kernel
+    kernel.set_value(jax.random.normal(jax.random.key(6), kernel.shape))
+    seen = conditioned(model, conditions)
+    assert np.abs(seen - plain).max() > 1e-3
+    real = 1 + 4 * (conditions.geo_length - 1)  # frames
+    beyond = jnp.arange(13)[None, :] >= real[:, None]
+    other = jnp.where(beyond[:, :, None, None], 7.0, views)
+    np.testing.assert_array_equal(
+        conditioned(model, make_conditions(geo_poses=other)), seen
+    )
+
+
 def test_a_condition_dropped_for_the_batch_is_not_computed():
     """Guidance's second pass costs no geo: the branch is absent from the program."""
     model = make_model(silent=False)

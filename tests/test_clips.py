@@ -78,6 +78,22 @@ def test_shapes_types_and_padding(source):
     np.testing.assert_allclose(clip.first_from_camera[0], np.eye(4), atol=1e-7)
     for frame in clip.condition[length:]:
         np.testing.assert_array_equal(frame, clip.condition[length - 1])
+    views = clip.first_from_view
+    assert views.shape == (11, 4, 4) and views.dtype == np.float32
+    np.testing.assert_array_equal(views[length:], [views[length - 1]] * (11 - length))
+
+
+def test_views_stand_where_their_captures_do_and_look_where_they_face(source):
+    """Seen from the target's first camera; ECEF is millions of metres, float32 not."""
+    city, pairs = source
+    plan = clips.plan_clip(city, pairs, 1, CONFIG, np.random.default_rng(1))
+    views = clips.make_clip(city, plan, CONFIG).first_from_view
+    views = plan.ecef_from_camera[0] @ views[: len(plan.condition_captures)]
+    captures = city.captures.ecef_from_camera[plan.condition_captures]
+    np.testing.assert_allclose(views[:, :3, 3], captures[:, :3, 3], atol=1e-4)
+    turned = headings(captures) + plan.condition_yaw_rad
+    apart = np.angle(np.exp(1j * (headings(views) - turned)))
+    np.testing.assert_allclose(apart, 0, atol=1e-5)
 
 
 def test_frames_look_where_their_poses_say(source):
@@ -161,6 +177,10 @@ def test_generation_makes_the_condition_that_training_makes(source):
     assert made.frames.shape == (1, 32, 48, 3) and int(made.clip_id) == 7
     for name in ("first_from_camera", "condition", "condition_length"):
         np.testing.assert_array_equal(getattr(made, name), getattr(trained, name))
+    # A view's yaw is its heading less that of its capture, which rounds.
+    np.testing.assert_allclose(made.first_from_view, trained.first_from_view, atol=1e-5)
+    nowhere = clips.path_clip(city, trained.frames[0], path, views[:0], CONFIG)
+    np.testing.assert_array_equal(nowhere.first_from_view, [np.eye(4)] * 11)
     with pytest.raises(ValueError, match="resize it"):
         clips.path_clip(city, np.zeros((8, 8, 3), np.uint8), path, views, CONFIG)
 

@@ -67,7 +67,8 @@ T2V = dataclasses.replace(
     image_dim=None,
 )
 HIDDEN = 12
-BRANCHES = ((GeoBranch, {}), (TrajectoryEncoder, {"hidden": HIDDEN}))
+VIEWS = 8
+BRANCHES = ((GeoBranch, {"view_poses": VIEWS}), (TrajectoryEncoder, {"hidden": HIDDEN}))
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "export_wan.py"
@@ -153,17 +154,23 @@ def test_every_parameter_of_both_branches_has_a_name_and_layout(order):
     vectors = [f"geo.blocks.{{i}}.attn.{p}.bias" for p in "qkvo"]
     vectors += [f"geo.blocks.{{i}}.attn.norm_{p}.weight" for p in "qk"]
     vectors += ["geo.blocks.{i}.norm.weight", "geo.blocks.{i}.norm.bias"]
-    vectors += ["geo.patch_embedding.bias", "pose.out.{i}.bias"]
+    vectors += ["geo.patch_embedding.bias", "pose.out.{i}.bias", "geo.views.out.bias"]
     assert ours == square | dict.fromkeys(vectors, (48,)) | {
         "geo.patch_embedding.weight": (48, 16, 1, 2, 2),
-        "pose.conv.weight": (HIDDEN, 16, 4),
-        "pose.conv.bias": (HIDDEN,),
-        "pose.mlp.0.weight": (HIDDEN, HIDDEN),
-        "pose.mlp.0.bias": (HIDDEN,),
-        "pose.mlp.2.weight": (HIDDEN, HIDDEN),
-        "pose.mlp.2.bias": (HIDDEN,),
+        "geo.views.out.weight": (48, VIEWS),
         "pose.out.{i}.weight": (48, HIDDEN),
+        **encoder_shapes("geo.views", VIEWS),
+        **encoder_shapes("pose", HIDDEN),
     }
+
+
+def encoder_shapes(part, width):
+    """Name the tensors of an encoder of poses, with their shapes."""
+    shapes = {f"{part}.conv.weight": (width, 16, 4), f"{part}.conv.bias": (width,)}
+    for i in (0, 2):
+        shapes[f"{part}.mlp.{i}.weight"] = (width, width)
+        shapes[f"{part}.mlp.{i}.bias"] = (width,)
+    return shapes
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +199,8 @@ def test_what_is_exported_reads_back_bit_for_bit(naming, dtype, bundles, tmp_pat
     shown = ["Wan transformer", "geo branch", "pose branch"]
     assert [part.name for part in parts] == shown
     config = json.loads((out / "config.json").read_text())
-    sizes = {"geo": {"latent_channels": 16}, "pose": {"hidden": HIDDEN}}
+    geo = {"latent_channels": 16, "view_poses": VIEWS}
+    sizes = {"geo": geo, "pose": {"hidden": HIDDEN}}
     assert config["_cityrag"] == sizes
     np.testing.assert_array_equal(np.load(out / "text.npy"), np.ones((3, 24)))
     assert np.load(out / "negative_text.npy").shape == (1, 24)
@@ -289,6 +297,7 @@ def draw_inputs(config, batch=3):
     geo = dict(
         geo_latents=draw(4, 4, 6, 16),
         geo_length=np.array([2, 4, 3], np.int32)[:batch],
+        geo_poses=draw(13, 4, 4),
         keep_geo=np.array([1, 0, 1], np.float32)[:batch],
         poses=draw(9, 4, 4),
         keep_pose=np.array([1, 1, 0], np.float32)[:batch],

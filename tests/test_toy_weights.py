@@ -18,6 +18,7 @@ def test_one_command_makes_weights_from_nothing(tmp_path):
     command = [
         *(sys.executable, "tools/toy_weights.py", f"--out={tmp_path}", "--start="),
         *("--size=test", "--cities=1", "--updates=30", "--autoencoder-updates=20"),
+        "--transformer-flags=--config.model.geo.view_poses=8",
     ]
 
     one_device = {n: x for n, x in os.environ.items() if n != "XLA_FLAGS"}

@@ -32,6 +32,7 @@ MEANINGS = {
     "model.geo.latent_channels": "of the condition's latents",
     "model.geo.output": "start of its output projections: zero, copy, scaled_copy",
     "model.geo.same_place_bias": "start of its query and key biases",
+    "model.geo.view_poses": "width of the encoder of the views' own poses; 0: none",
     "model.adapters.linears": "patterns of linears that get a LoRA; freeze them",
     "model.adapters.rank": "of every LoRA",
     "model.adapters.alpha": "of every LoRA: its strength is alpha / rank",

@@ -297,6 +297,9 @@ def _config(model: WanDiT, naming: str, sources: dict[str, _Source]) -> dict[str
     if "geo.patch_embedding.weight" in sources:
         shape = sources["geo.patch_embedding.weight"].written.shape
         ours["geo"] = {"latent_channels": shape[1]}
+    if "geo.views.conv.weight" in sources:
+        width = sources["geo.views.conv.weight"].written.shape[0]
+        ours["geo"]["view_poses"] = width
     if "pose.conv.weight" in sources:
         ours["pose"] = {"hidden": sources["pose.conv.weight"].written.shape[0]}
     config = _dit_config(model.config, naming)

@@ -194,21 +194,25 @@ def dit_names(patch: tuple[int, int] = WAN_PATCH) -> NameTable:
     return name
 
 
+# Modules of an encoder of poses.
+ENCODER = {"conv": "conv", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
+
+
 def _geo_modules():
     """List the geo branch's modules as (ours, theirs)."""
     yield "patch_embedding", "geo.patch_embedding"
     yield "layers.norm", "geo.blocks.{i}.norm"
     for part in ("q", "k", "v", "o", "norm_q", "norm_k"):
         yield f"layers.attention.{part}", f"geo.blocks.{{i}}.attn.{part}"
+    for ours, theirs in (*ENCODER.items(), ("projection", "out")):
+        yield f"view_poses.{ours}", f"geo.views.{theirs}"
 
 
 # CityRAG has no PyTorch original: these names are ours, the same in both namings.
 BRANCH_MODULES = {
     GeoBranch: dict(_geo_modules()),
     TrajectoryEncoder: {
-        "conv": "pose.conv",
-        "mlp.fc1": "pose.mlp.0",
-        "mlp.fc2": "pose.mlp.2",
+        **{ours: f"pose.{theirs}" for ours, theirs in ENCODER.items()},
         "projection": "pose.out.{i}",
     },
 }
@@ -224,6 +228,7 @@ def branch_names(
     convolutions = {
         "geo.patch_embedding.weight": _patches(patch),
         "pose.conv.weight": FRAME_GROUPS,
+        "geo.views.conv.weight": FRAME_GROUPS,
     }
     classes = [b if isinstance(b, type) else type(b) for b in branches]
 

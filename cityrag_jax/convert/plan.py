@@ -164,6 +164,8 @@ def plan_transformer(
     if "pose.conv.weight" in files.names():
         hidden = files.shape("pose.conv.weight")[0]
     geo = {"latent_channels": config.out_channels, "same_place_bias": 0.0}
+    if "geo.views.conv.weight" in files.names():
+        geo["view_poses"] = files.shape("geo.views.conv.weight")[0]
     branches = ((TrajectoryEncoder, {"hidden": hidden}), (GeoBranch, geo))
     description = describe(WanDiT, config, branches)
     held = tuple(

@@ -20,7 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # In float32 whatever the model's type: what diffusers keeps so, and the pose branch.
-FLOAT32 = ("pose.", "time_embedder", "scale_shift_table", ".norm.", ".norm2.")
+FLOAT32 = (
+    "pose.",
+    "geo.views.",
+    "time_embedder",
+    "scale_shift_table",
+    ".norm.",
+    ".norm2.",
+)
 
 
 class GeoAttention(nn.Module):
@@ -49,10 +56,41 @@ class GeoAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)
 
 
+class PoseEncoder(nn.Module):
+    """Relative camera poses to a vector for each latent frame."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.conv = nn.Conv1d(16, hidden, 4, stride=4)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
+
+    def embed(self, poses: Tensor) -> Tensor:
+        """[B, T, 4, 4] -> [B, t, hidden]."""
+        flat = poses.float().flatten(2)
+        flat = torch.cat([flat[:, :1]] * 3 + [flat], dim=1).transpose(1, 2)
+        return self.mlp(F.silu(self.conv(flat).transpose(1, 2)))
+
+
+class ViewPoses(PoseEncoder):
+    """The poses of the condition's cameras to a vector for its tokens."""
+
+    def __init__(self, wan: WanTransformer3DModel, hidden: int):
+        super().__init__(hidden)
+        self.out = nn.Linear(hidden, width(wan))
+
+    def forward(self, poses: Tensor) -> Tensor:
+        """[B, F, 4, 4] -> [B, u, D]."""
+        return self.out(self.embed(poses))
+
+
 class GeoBranch(nn.Module):
     """Condition latents to tokens, and an attention to them for each block."""
 
-    def __init__(self, wan: WanTransformer3DModel, latent_channels: int):
+    def __init__(
+        self, wan: WanTransformer3DModel, latent_channels: int, view_poses: int = 0
+    ):
         super().__init__()
         told = wan.config
         dim, size = width(wan), tuple(told.patch_size)
@@ -60,40 +98,47 @@ class GeoBranch(nn.Module):
         self.blocks = nn.ModuleList(
             GeoAttention(dim, told.num_attention_heads, told.eps) for _ in wan.blocks
         )
+        self.views = ViewPoses(wan, view_poses) if view_poses else None
 
-    def tokens(self, latents: Tensor, frames: int) -> tuple[Tensor, tuple[int, ...]]:
-        """Give the tokens [S, D] of a clip's first real frames, and their grid."""
+    def tokens(
+        self, latents: Tensor, frames: int, views: Tensor | None
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """Give the tokens [S, D] of a clip's first real frames, and their grid.
+
+        `views` [u, D] are what its cameras' poses add.
+        """
         c = self.patch_embedding(latents[:, :frames].to(self.patch_embedding.weight))
-        return c.flatten(1).T.float(), tuple(c.shape[1:])
+        c = (
+            c.float()
+            if views is None
+            else c.float() + views[:frames].T[..., None, None]
+        )
+        return c.flatten(1).T, tuple(c.shape[1:])
 
 
-class PoseBranch(nn.Module):
+class PoseBranch(PoseEncoder):
     """Relative camera poses to a vector for each latent frame and block."""
 
     def __init__(self, wan: WanTransformer3DModel, hidden: int):
-        super().__init__()
-        self.conv = nn.Conv1d(16, hidden, 4, stride=4)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
-        )
+        super().__init__(hidden)
         self.out = nn.ModuleList(nn.Linear(hidden, width(wan)) for _ in wan.blocks)
 
     def forward(self, poses: Tensor) -> list[Tensor]:
         """[B, T, 4, 4] -> one [B, t, D] a block."""
-        flat = poses.float().flatten(2)
-        flat = torch.cat([flat[:, :1]] * 3 + [flat], dim=1).transpose(1, 2)
-        hidden = self.mlp(F.silu(self.conv(flat).transpose(1, 2)))
+        hidden = self.embed(poses)
         return [out(hidden) for out in self.out]
 
 
 class CityRAG(nn.Module):
     """Wan with both branches; velocities as ours, channels first."""
 
-    def __init__(self, wan: WanTransformer3DModel, latent_channels: int, hidden: int):
+    def __init__(
+        self, wan: WanTransformer3DModel, geo: dict[str, int], pose: dict[str, int]
+    ):
         super().__init__()
         self.wan = wan
-        self.geo = GeoBranch(wan, latent_channels)
-        self.pose = PoseBranch(wan, hidden)
+        self.geo = GeoBranch(wan, **geo)
+        self.pose = PoseBranch(wan, **pose)
 
     def forward(
         self,
@@ -106,6 +151,7 @@ class CityRAG(nn.Module):
         poses: Tensor,  # [B, T, 4, 4]
         keep_geo: Tensor | None = None,  # [B]: 0 where the condition is dropped
         keep_pose: Tensor | None = None,
+        geo_poses: Tensor | None = None,  # [B, F, 4, 4], of a model that sees them
     ) -> Tensor:
         """Give the velocity [B, 16, t, h, w], float32."""
         wan, dtype = self.wan, self.wan.patch_embedding.weight.dtype
@@ -117,8 +163,9 @@ class CityRAG(nn.Module):
         time, time6, text, image = embedded
         context = text if image is None else torch.cat([image, text], dim=1)
         time6 = time6.unflatten(1, (6, -1)).float()
-        pairs = zip(geo_latents, geo_frames.tolist(), strict=True)
-        clips = [self.geo.tokens(z, n) for z, n in pairs]
+        views = [None] * len(x) if self.geo.views is None else self.geo.views(geo_poses)
+        pairs = zip(geo_latents, geo_frames.tolist(), views, strict=True)
+        clips = [self.geo.tokens(*of) for of in pairs]
         turns = [self.angles(of, x.device) for of in (grid, *(g for _, g in clips))]
         addends = self.pose(poses)
         ones = x.new_ones(len(x))
@@ -189,8 +236,7 @@ def open_export(folder: str | Path, dtype: torch.dtype = torch.float32) -> CityR
         )
     with torch.device("meta"):
         wan = WanTransformer3DModel.from_config(told)
-        sizes = ours["geo"]["latent_channels"], ours["pose"]["hidden"]
-        model = CityRAG(wan, *sizes)
+        model = CityRAG(wan, **ours)
     wan.rope = type(wan.rope)(  # a table, which no file holds
         wan.config.attention_head_dim, wan.config.patch_size, 1024
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Float32, Float64, Int64, Shaped, UInt8
 
 from cityrag_jax.batch import Clip
 from cityrag_jax.data.masks import Shown, cover_views
@@ -116,13 +116,15 @@ def clip_id(city: str, start_a: int, start_b: int) -> int:
 
 def make_clip(city: City, plan: ClipPlan, config: ClipConfig) -> Clip:
     """Read the pictures of a plan."""
-    condition = _views(city, plan.condition_captures, plan.condition_yaw_rad, config)
+    seen = plan.condition_captures, plan.condition_yaw_rad
+    condition = _views(city, *seen, config)
     return Clip(
         frames=_views(city, plan.target_captures, plan.target_yaw_rad, config),
         first_from_camera=relative_poses(plan.ecef_from_camera),
         condition=pad_condition(condition, config),
         condition_length=np.asarray(len(condition), np.int32),
         clip_id=np.asarray(plan.clip_id, np.uint32),
+        first_from_view=_poses_from(plan.ecef_from_camera[0], city, *seen, config),
     )
 
 
@@ -146,6 +148,8 @@ def path_clip(
         )
     views = views[: config.condition_frames[1]]
     condition = show_views(city, views, config)
+    seen = views.captures, view_yaws(city, views)
+    view_poses = _poses_from(ecef_from_camera[0], city, *seen, config)
     if len(views) == 0:
         condition = np.zeros((1, *wanted), np.uint8)
     return Clip(
@@ -154,6 +158,7 @@ def path_clip(
         condition=pad_condition(condition, config),
         condition_length=np.asarray(len(views), np.int32),
         clip_id=np.asarray(clip_id, np.uint32),
+        first_from_view=view_poses,
     )
 
 
@@ -182,12 +187,29 @@ def cover_people(
 
 
 def pad_condition(
-    condition: UInt8[np.ndarray, "n H W 3"], config: ClipConfig
-) -> UInt8[np.ndarray, "F H W 3"]:
+    condition: Shaped[np.ndarray, "n ..."], config: ClipConfig
+) -> Shaped[np.ndarray, "F ..."]:
     """Repeat the last frame up to the longest condition: one static shape."""
     longest = config.condition_frames[1]
     index = np.minimum(np.arange(longest), len(condition) - 1)
     return condition[index]
+
+
+def _poses_from(
+    ecef_from_first: Float64[np.ndarray, "4 4"],
+    city: City,
+    captures: Int64[np.ndarray, " n"],
+    yaw_rad: Float64[np.ndarray, " n"],
+    config: ClipConfig,
+) -> Float32[np.ndarray, "F 4 4"]:
+    """Give the views' poses from the target's first camera, padded as they are.
+
+    Where there are none they are the first camera's own.
+    """
+    if len(captures) == 0:
+        return pad_condition(np.eye(4, dtype=np.float32)[None], config)
+    poses = city.captures.ecef_from_camera[captures] @ yaw_rotation(yaw_rad)
+    return pad_condition(relative_poses(poses, ecef_from_first), config)
 
 
 def _views(city: City, captures, yaw_rad, config: ClipConfig) -> np.ndarray:

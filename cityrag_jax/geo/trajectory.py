@@ -37,12 +37,17 @@ def yaw_rotation(yaw_rad: Float64[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N 
 
 def relative_poses(
     world_from_camera: Float64[np.ndarray, "T 4 4"],
+    world_from_first: Float64[np.ndarray, "4 4"] | None = None,
 ) -> Float32[np.ndarray, "T 4 4"]:
-    """Express poses in the first camera's frame; float32 only after the difference."""
-    first_from_world = invert_rigid(world_from_camera[0])
+    """Express poses in a camera's frame, their first one's if none is given.
+
+    They are float32 only after the difference.
+    """
+    first = world_from_camera[0] if world_from_first is None else world_from_first
+    first_from_world = invert_rigid(first)
     moved = world_from_camera.copy()
     # Subtract before rotating: ECEF coordinates are millions of metres.
-    moved[:, :3, 3] -= world_from_camera[0, :3, 3]
+    moved[:, :3, 3] -= first[:3, 3]
     first_from_world[:3, 3] = 0
     return (first_from_world @ moved).astype(np.float32)
 

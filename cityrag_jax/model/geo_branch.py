@@ -25,12 +25,14 @@ from cityrag_jax.model.attention import Keys, RotaryAttention
 from cityrag_jax.model.branch import Branch, Modulation, Prepared, TokenGrid, add
 from cityrag_jax.model.dit import DiTConfig, WanDiT, pad_tokens, patchify
 from cityrag_jax.model.layers import (
+    ZEROS,
     LayerNorm,
     Linear,
     normalise,
     rotary_angles,
     stack_layers,
 )
+from cityrag_jax.model.trajectory_encoder import PoseEncoder
 
 # How the output projections `o` of a branch start that is begun upon a base.
 OUTPUTS = ("zero", "copy", "scaled_copy")
@@ -54,6 +56,23 @@ class GeoLayer(nnx.Module):
         self.attention.o.kernel.set_value(
             jnp.zeros_like(self.attention.o.kernel.get_value())
         )
+
+
+class ViewPoses(PoseEncoder):
+    """The poses of the condition's own cameras, one projection for its tokens.
+
+    It starts at zero: a new one changes nothing.
+    """
+
+    def __init__(self, config: DiTConfig, hidden: int, *, rngs: nnx.Rngs):
+        super().__init__(config, hidden, rngs=rngs)
+        kinds = dict(dtype=jnp.float32, param_dtype=config.param_dtype)
+        self.projection = Linear(
+            hidden, config.dim, axes=(None, "embed"), init=ZEROS, rngs=rngs, **kinds
+        )
+
+    def __call__(self, poses: Float[Array, "B F 4 4"]) -> Float[Array, "B u D"]:
+        return self.projection(self.embed(poses))
 
 
 class Seen(NamedTuple):
@@ -87,6 +106,11 @@ class GeoBranch(Branch):
     by 0.0003 where they point anywhere. A fresh matrix of 5120 (Xavier) has 0.014: from
     zero that is 7,000 updates one way, or never. A scaled copy has a tenth of it at
     once, which 700 updates can undo.
+
+    With `view_poses`, the width of their encoder, the condition's tokens also know
+    where their cameras stood from the target's first one (an addition to the paper,
+    whose condition is pictures alone): how far a wall must move between two lanes then
+    need not be read off them.
     """
 
     condition = "geo"
@@ -98,6 +122,7 @@ class GeoBranch(Branch):
         latent_channels: int = 16,
         same_place_bias: float = 0.0,
         output: str = "zero",
+        view_poses: int = 0,
         rngs: nnx.Rngs,
     ):
         if output not in OUTPUTS:
@@ -116,6 +141,9 @@ class GeoBranch(Branch):
         for linear in (self.layers.attention.q, self.layers.attention.k):
             bias = linear.bias.get_value()
             linear.bias.set_value(jnp.full_like(bias, same_place_bias))
+        self.view_poses = (
+            ViewPoses(config, view_poses, rngs=rngs) if view_poses else None
+        )
         self.patch, self.head_dim = config.patch, config.head_dim
         self.eps = config.eps
         self.output = output
@@ -124,8 +152,11 @@ class GeoBranch(Branch):
         """Embed the condition video: tokens, their angles, how many count, `keep`."""
         shape = token_grid(conditions.geo_latents.shape[1:4], self.patch)
         tokens = self.patch_embedding(patchify(conditions.geo_latents, self.patch))
-        angles = rotary_angles(shape, self.head_dim)
-        tokens, angles, _ = pad_tokens(tokens.astype(jnp.float32), angles)
+        tokens = tokens.astype(jnp.float32)
+        if self.view_poses is not None:
+            frames = self.view_poses(conditions.geo_poses)
+            tokens += jnp.repeat(frames, shape[1] * shape[2], axis=1)
+        tokens, angles, _ = pad_tokens(tokens, rotary_angles(shape, self.head_dim))
         length = conditions.geo_length.astype(jnp.int32) * (shape[1] * shape[2])
         keep = conditions.keep_geo
         if keep is not None:

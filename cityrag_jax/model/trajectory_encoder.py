@@ -15,30 +15,20 @@ from cityrag_jax.parallel import shard
 HIGHEST = jax.lax.Precision.HIGHEST  # so that a float32 passes unchanged
 
 
-class TrajectoryEncoder(Branch):
-    """4x4 poses -> Conv1D over groups of four frames -> MLP -> one projection a block.
+class PoseEncoder(nnx.Module):
+    """4x4 poses -> Conv1D over groups of four frames -> MLP: a vector a latent frame.
 
     Three copies of frame 0 stand in front, so that groups fall as the VAE's do: frame 0
-    alone, then fours (padding, widths and SiLU *assumed*). The projections start at
-    zero. `keep_pose` multiplies behind their bias.
+    alone, then fours (padding, widths and SiLU *assumed*).
     """
 
-    condition = "pose"
-
-    def __init__(self, config: DiTConfig, *, hidden: int = 512, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, hidden: int, *, rngs: nnx.Rngs):
         kinds = dict(dtype=jnp.float32, param_dtype=config.param_dtype)
         # A convolution whose stride is its width is a linear map of each group.
         self.conv = Linear(
             TIME_STRIDE * 16, hidden, axes=(None, None), rngs=rngs, **kinds
         )
         self.mlp = MLP((hidden, hidden, hidden), jax.nn.silu, rngs=rngs, **kinds)
-        self.projection = stack_layers(
-            lambda rngs: Linear(
-                hidden, config.dim, axes=(None, "embed"), init=ZEROS, rngs=rngs, **kinds
-            ),
-            config.num_layers,
-            rngs,
-        )
 
     def embed(self, poses: Float[Array, "B T 4 4"]) -> Float[Array, "B t H"]:
         """Embed every latent frame's group of poses: 73 frames give 19 vectors."""
@@ -47,6 +37,26 @@ class TrajectoryEncoder(Branch):
         padded = jnp.concatenate([first, poses], axis=1)[:, : groups * TIME_STRIDE]
         flat = rearrange(padded, "B (t k) i j -> B t (k i j)", k=TIME_STRIDE)
         return self.mlp(jax.nn.silu(self.conv(flat)))
+
+
+class TrajectoryEncoder(PoseEncoder, Branch):
+    """The encoded poses of the target, one projection a block.
+
+    The projections start at zero. `keep_pose` multiplies behind their bias.
+    """
+
+    condition = "pose"
+
+    def __init__(self, config: DiTConfig, *, hidden: int = 512, rngs: nnx.Rngs):
+        super().__init__(config, hidden, rngs=rngs)
+        kinds = dict(dtype=jnp.float32, param_dtype=config.param_dtype)
+        self.projection = stack_layers(
+            lambda rngs: Linear(
+                hidden, config.dim, axes=(None, "embed"), init=ZEROS, rngs=rngs, **kinds
+            ),
+            config.num_layers,
+            rngs,
+        )
 
     def prepare(self, conditions: Conditions) -> Prepared:
         """Make every block's addend [layers, B, t, D]."""

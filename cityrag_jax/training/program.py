@@ -201,6 +201,7 @@ def abstract_clips(data: ConfigDict, count: int, sharding: Sharding) -> Clip:
         "condition": ((sizes.condition_frames[1], *view), jnp.uint8),
         "condition_length": ((), jnp.int32),
         "clip_id": ((), jnp.uint32),
+        "first_from_view": ((sizes.condition_frames[1], 4, 4), jnp.float32),
     }
     arrays = [
         jax.ShapeDtypeStruct((count, *shape), dtype, sharding=sharding)

@@ -34,7 +34,10 @@ from cityrag_jax.training.task import DRAWN_LEVEL, Examples, Probe, Task
 
 MASK_CHANNELS = 4
 # What a clip is shown of the place, before and behind the encoders.
-RETRIEVED = ("condition", "condition_length", "geo_latents", "geo_length")
+RETRIEVED = (
+    *("condition", "condition_length", "first_from_view"),
+    *("geo_latents", "geo_length", "geo_poses"),
+)
 TRAIN_ONE = (
     "train one with `python -m cityrag_jax.train --config=configs/toy_vae.py "
     "--workdir=DIR` and give --config.model.vae=DIR"
@@ -138,6 +141,7 @@ class CityRAG(Task):
             "first_frame": conditions.first_frame,
             "geo_latents": conditions.geo_latents,
             "geo_length": conditions.geo_length,
+            "geo_poses": conditions.geo_poses,
             "poses": conditions.poses,
             "clip_id": jnp.asarray(clip.clip_id),
         }
@@ -226,6 +230,7 @@ def conditions_of(
         keep_geo=keep_geo,
         poses=examples["poses"],
         keep_pose=keep_pose,
+        geo_poses=examples.get("geo_poses"),
     )
 
 
