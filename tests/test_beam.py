@@ -29,7 +29,13 @@ from cityrag_jax.data.columns import captures_digest
 from cityrag_jax.data.pairs import load_pairs
 shards.SHARD = 10
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    sys.argv[1] = sys.argv[1].replace("Direct", "Undirect")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert end.code == 2
+    sys.argv[1] = sys.argv[1].replace("Undirect", "Direct")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -52,6 +58,7 @@ def test_beam_writes_the_same_bytes(tmp_path, monkeypatch):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert "error: --beam=--runner=BundleBasedUndirectRunner: Unexpected" in done.stderr
     alone, piped = (tmp_path / name / "munich" for name in ("alone", "beam"))
     # The tables name the version of Arrow that wrote them; digests are of the values.
     same_files(alone, piped, files=5, but=".parquet")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 from test_matching import Recording, walk
 
-from cityrag_jax.data.pairs import PairConfig, mine_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig
 from cityrag_jax.geo.matching import match_path
 from cityrag_jax.geo.passes import STEP_M
 from cityrag_jax.geo.retrieval import index_captures

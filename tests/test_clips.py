@@ -12,7 +12,8 @@ import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax.data import clips, loader
-from cityrag_jax.data.pairs import PairConfig, load_pairs, mine_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig, load_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.grounding import Views
 from cityrag_jax.geo.panorama import crop_panorama
@@ -212,10 +213,14 @@ class CountedCity(City):
     def __reduce__(self):
         return CountedCity, (self.folder,)
 
+    @property
+    def index(self):
+        raise AssertionError("a loader needs no index: in each worker it costs memory")
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_holds_two_batches_ahead(source, tmp_path, workers):
-    """However long the consumer takes and whatever the threads."""
+    """However long the consumer takes, whatever the threads; no index is built."""
     city, pairs = source
     shutil.copytree(city.folder, tmp_path / "city")
     batches = loader.training_clips(

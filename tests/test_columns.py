@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import duckdb
 import geopandas
 import numpy as np
 import pyarrow as pa
@@ -102,6 +103,22 @@ def test_geopandas_opens_a_city_and_what_it_writes_is_a_city_again(city, tmp_pat
     frame.to_parquet(path)
     with pytest.raises(ValueError, match="those of drive 0 stand in several places"):
         City(folder)
+
+
+def test_duckdb_asks_a_city(city):
+    """As one does who counts what a city holds, or chooses captures of it."""
+    path = city.folder / "captures.parquet"
+    asked = f"SELECT drive, count(*), min(id), max(datetime) FROM '{path}' GROUP BY 1"
+    rows = duckdb.sql(f"{asked} ORDER BY 1").fetchall()
+    drives, counts = np.unique(city.captures.drive, return_counts=True)
+    assert [row[:2] for row in rows] == list(zip(drives, counts, strict=True))
+    assert rows[0][2] == city.provenance.id[0].as_py()
+    latest = [row[3].timestamp() for row in rows]
+    times_s = [city.captures.time_s[city.captures.drive == k].max() for k in drives]
+    np.testing.assert_allclose(latest, times_s, atol=1e-6, rtol=0)  # microseconds
+    asked = f"SELECT ecef_from_camera[4], ecef_from_camera[8] FROM '{path}' LIMIT 2"
+    placed = np.array(duckdb.sql(asked).fetchall())
+    np.testing.assert_array_equal(placed, city.captures.ecef_from_camera[:2, :2, 3])
 
 
 def test_what_was_changed_in_place_is_noticed(city, tmp_path):

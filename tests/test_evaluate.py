@@ -21,7 +21,8 @@ from cityrag_jax.batch import Clip, Conditions
 from cityrag_jax.checkpoint import Bundle, abstract_model, describe, new_model
 from cityrag_jax.data.columns import write_columns
 from cityrag_jax.data.masks import mask_path
-from cityrag_jax.data.pairs import PairConfig, mine_pairs, save_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig, save_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.video import read_image, write_image
 from cityrag_jax.evaluate import (

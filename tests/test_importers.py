@@ -4,6 +4,9 @@ import importlib.util
 import json
 import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -186,15 +189,51 @@ def test_a_stopped_import_goes_on(photos, city, tmp_path, monkeypatch):
     np.testing.assert_array_equal(made.panorama(20), city.panorama(20))
 
 
-def test_processes_side_by_side_write_the_same_bytes(
+PROGRAM = """
+import runpy, sys
+from cityrag_jax.data import shards
+if __name__ == "__main__":  # not again in its processes
+    shards.SHARD = 10
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.long
+def test_processes_side_by_side_are_killed_and_write_the_same_bytes(
     photos, city, tmp_path, monkeypatch
 ):
+    """With whoever started them they end, too; what was made is not made again."""
+    program, shared = tmp_path / "program.py", tmp_path / "munich"
+    program.write_text(PROGRAM)
+    words = ["--source=folder", f"--from={photos}", f"--out={shared}", *SHORT]
+    command = [sys.executable, program, TOOL, *words, "--workers=2"]
+    started = subprocess.Popen(list(map(str, command)), cwd=TOOL.parents[1])
+    writing = tmp_path / ".munich.writing"
+    deadline = time.monotonic() + 60
+    while not (notes := list(writing.glob("panoramas/*/*0*.json"))):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    children = pathlib.Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    workers = children.read_text().split()
+    assert len(workers) >= 2
+    started.kill()
+    started.wait()
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    before = {path: path.stat().st_mtime_ns for path in notes}
     monkeypatch.setattr(shards, "SHARD", 10)
-    shared, words = tmp_path / "munich", ["--source=folder", f"--from={photos}", *SHORT]
-    build(*words, f"--out={shared}", "--workers=2")
+    kept, forget = [], shards.Job.forget
+
+    def look(job):
+        kept.extend(p.stat().st_mtime_ns == before[p] for p in before)
+        forget(job)
+
+    monkeypatch.setattr(shards.Job, "forget", look)
+    build(*words, "--workers=2")
+    assert kept and all(kept)
     same_files(city.folder, shared, files=5)
-    with pytest.raises(ValueError, match="--workers=0: give 1 or more"):
-        build(*words, f"--out={tmp_path / 'x'}", "--workers=0")
 
 
 def same_files(left, right, files, but=""):
@@ -269,8 +308,9 @@ def test_a_pose_file_names_its_pictures(tmp_path, kind):
             lines.append(f"{k}.jpg;{place};2023-11-14T22:13:{20 + k}.5Z;522")
         poses.write_text("\n".join(lines))
     source = folder.Source(tmp_path / "in", NOBODY, poses=poses)
-    city, _ = folder.import_folder(source, MAKING, tmp_path / "out")
+    city, report = folder.import_folder(source, MAKING, tmp_path / "out")
     assert city.captures.time_s.tolist() == [MORNING + 0.5 + k for k in range(5)]
+    assert not any("time zone" in note for note in report["notes"])  # of the pictures
     turned = np.rad2deg(headings(city.captures.ecef_from_camera))
     np.testing.assert_allclose(turned, 10.0, atol=1e-6)
 
@@ -386,6 +426,8 @@ def test_pictures_that_show_too_little_are_named(tmp_path):
 
 def test_whose_pictures_they_are_must_be_said(tmp_path):
     words = ["--source=folder", f"--from={tmp_path}", f"--out={tmp_path / 'x'}"]
+    with pytest.raises(ValueError, match="--workers=0: give 1 or more"):
+        build(*words, "--workers=0")
     with pytest.raises(ValueError, match="needs --licence"):
         build(*words)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import synthetic_city as synthetic
 
-from cityrag_jax.data import pairs as mining
+from cityrag_jax.data import mining
 from cityrag_jax.data.columns import write_columns
-from cityrag_jax.data.pairs import PairConfig, Pairs
+from cityrag_jax.data.pairs import PairConfig, Pairs, load_pairs, save_pairs
 from cityrag_jax.data.provenance import number_captures
 
 SMALL = PairConfig(
@@ -204,19 +204,19 @@ def test_pairs_come_back_from_disk(tmp_path, rng):
     provenance = number_captures(captures)
     write_columns(tmp_path, synthetic.header(), captures, provenance)
     with pytest.raises(ValueError, match="pairs.parquet is missing; mine pairs with"):
-        mining.load_pairs(tmp_path)
-    mining.save_pairs(tmp_path, found)
-    again = mining.load_pairs(tmp_path)
+        load_pairs(tmp_path)
+    save_pairs(tmp_path, found)
+    again = load_pairs(tmp_path)
     assert as_set(again) == as_set(found) and again.num_frames == 20
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["captures.parquet", "pairs.parquet"]
     other = dataclasses.replace(captures, neighbourhood=captures.drive)
     write_columns(tmp_path, synthetic.header(), other, provenance)
     with pytest.raises(ValueError, match="mined from other captures .*mine pairs aga"):
-        mining.load_pairs(tmp_path)
+        load_pairs(tmp_path)
     (tmp_path / "pairs.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="pairs.parquet is damaged"):
-        mining.load_pairs(tmp_path)
+        load_pairs(tmp_path)
 
 
 def raised(drive, height_m):

@@ -16,7 +16,8 @@ PROGRAM = """
 import json, sys, time
 import numpy as np
 from cityrag_jax.data.captures import Captures
-from cityrag_jax.data.pairs import PairConfig, mine_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig
 from cityrag_jax.geo.ecef import drop_to_ellipsoid, ecef_from_enu
 from cityrag_jax.geo.retrieval import index_captures
 from cityrag_jax.geo.trajectory import level_poses

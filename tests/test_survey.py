@@ -11,7 +11,8 @@ import synthetic_city as synthetic
 
 from cityrag_jax import survey
 from cityrag_jax.data import inventory, masks
-from cityrag_jax.data.pairs import PairConfig, mine_pairs, save_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig, save_pairs
 from cityrag_jax.data.video import read_image, read_video, write_image
 from cityrag_jax.geo.ecef import ecef_from_enu, geodetic_from_ecef
 from cityrag_jax.geo.trajectory import yaw_rotation

@@ -10,7 +10,8 @@ import pytest
 import synthetic_city as synthetic
 
 from cityrag_jax.data import records, shards, takedown
-from cityrag_jax.data.pairs import PairConfig, load_pairs, mine_pairs, save_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig, load_pairs, save_pairs
 from cityrag_jax.data.store import City
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools" / "takedown.py"

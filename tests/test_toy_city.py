@@ -7,7 +7,13 @@ import pytest
 from scipy.spatial import cKDTree
 
 from cityrag_jax.toy import render
-from cityrag_jax.toy.drives import city, drives, routes, streets
+from cityrag_jax.toy.drives import (
+    CAMERA_HEIGHT_M,
+    city,
+    drives,
+    routes,
+    streets,
+)
 from cityrag_jax.toy.render import render_panoramas, render_views
 from cityrag_jax.toy.scene import WEATHERS, draw_scene, sun_direction
 
@@ -217,7 +223,7 @@ def test_level_ground_has_the_depth_of_a_plane():
     seen = look(DRIVES[0], np.array([40, 41]))
     elevation = np.pi * ((np.arange(HEIGHT) + 0.5) / HEIGHT - 0.5)
     below = elevation > np.deg2rad(50.0)
-    expected = CITY.camera_height_m / np.sin(elevation[below])
+    expected = CAMERA_HEIGHT_M / np.sin(elevation[below])
     depth = np.median(seen.depth_m[:, below], axis=2)
     np.testing.assert_allclose(depth, np.broadcast_to(expected, depth.shape), rtol=1e-3)
 
@@ -326,8 +332,8 @@ def test_the_sun_stands_where_it_should():
 def test_wrong_sizes_are_refused_by_name():
     with pytest.raises(ValueError, match="atlantis"):
         city("atlantis")
-    with pytest.raises(ValueError, match="lots is 2"):
-        city("paris", lots=2)
+    with pytest.raises(ValueError, match="blocks is 0"):
+        city("paris", blocks=0)
     drive = DRIVES[0]
     with pytest.raises(ValueError, match="2 poses, 2 times and 3 scenes"):
         render_panoramas(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cityrag_jax.data.build import pair_config
-from cityrag_jax.data.pairs import mine_pairs
+from cityrag_jax.data.mining import mine_pairs
 from cityrag_jax.geo.matching import match_path
 from cityrag_jax.geo.retrieval import index_captures
 from cityrag_jax.toy import build, trouble

@@ -10,7 +10,8 @@ import synthetic_city as synthetic
 from ml_collections import ConfigDict
 
 from cityrag_jax.checkpoint import Bundle, describe, new_model, save_bundle
-from cityrag_jax.data.pairs import PairConfig, mine_pairs, save_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import PairConfig, save_pairs
 from cityrag_jax.model.vae import VAEConfig, WanVAE
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ import os
 from pathlib import Path
 
 from cityrag_jax.commands import Command
-from cityrag_jax.data.beam import by_beam, import_beam
+from cityrag_jax.data.beam import by_beam, open_pipeline
 from cityrag_jax.data.build import mine_city
 from cityrag_jax.data.pairs import PAIRS, load_pairs, read_rules
 from cityrag_jax.data.shards import Spread, in_processes
@@ -195,7 +195,7 @@ def read_spread(given: argparse.Namespace) -> Spread:
             "are rendered in one process."
         )
     if given.beam is not None:
-        import_beam()  # before anything takes time
+        open_pipeline(given.beam)  # before anything takes time
         return functools.partial(by_beam, given.beam)
     if given.workers < 1:
         raise ValueError(f"--workers={given.workers}: give 1 or more.")

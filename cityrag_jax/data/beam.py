@@ -20,14 +20,13 @@ def by_beam(options: str, job: Job, numbers: list[int]) -> Iterator[int]:
 
     Raises OSError, which leaves what was made, where the pipeline fails.
     """
-    beam = import_beam()
-    from apache_beam.options.pipeline_options import PipelineOptions
+    import apache_beam as beam
 
     # What a pipeline carries is small; a job may know a million names.
     write_whole(job.pickled, pickle.dumps(job))
     make = functools.partial(make_file, str(job.pickled))
     try:
-        with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+        with open_pipeline(options) as pipeline:
             asked = pipeline | beam.Create(numbers) | beam.Reshuffle()
             asked | "Make files" >> beam.Map(make)
     except RuntimeError as error:
@@ -39,17 +38,21 @@ def by_beam(options: str, job: Job, numbers: list[int]) -> Iterator[int]:
     yield from numbers
 
 
-def import_beam():
-    """Give the library; ValueError says where it is to be had."""
+def open_pipeline(options: str):
+    """Give an empty pipeline; ValueError for wrong options, or without Beam."""
     try:
         import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise ValueError(
             "--beam needs Apache Beam, in an environment without the other extras: "
             "python3 -m venv beam && beam/bin/pip install -e '.[beam]', then "
             "beam/bin/python tools/build_city.py ..."
         ) from error
-    return apache_beam
+    try:
+        return apache_beam.Pipeline(options=PipelineOptions(shlex.split(options)))
+    except ValueError as error:
+        raise ValueError(f"--beam={options}: {error}.") from error
 
 
 def make_file(path: str, number: int) -> int:

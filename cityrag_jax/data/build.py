@@ -4,13 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from cityrag_jax.data.columns import captures_digest, write_columns
-from cityrag_jax.data.pairs import (
-    PairConfig,
-    Pairs,
-    choose_held_out,
-    mine_pairs,
-    save_pairs,
-)
+from cityrag_jax.data.mining import choose_held_out, mine_pairs
+from cityrag_jax.data.pairs import PairConfig, Pairs, save_pairs
 from cityrag_jax.data.remote import refuse_remote
 from cityrag_jax.data.store import City
 from cityrag_jax.geo.districts import number_districts

@@ -13,8 +13,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -136,18 +139,33 @@ class Job:
 
 
 def in_processes(workers: int, job: Job, numbers: list[int]) -> Iterator[int]:
-    """Spread files over processes of this machine."""
+    """Spread files over processes of this machine, which end when this one does."""
     context = multiprocessing.get_context("spawn")  # threads do not survive a fork
-    kinds = dict(mp_context=context, initializer=_take, initargs=(job,))
-    with ProcessPoolExecutor(min(workers, max(1, len(numbers))), **kinds) as pool:
+    kinds = dict(mp_context=context, initializer=_take, initargs=(job, os.getpid()))
+    pool = ProcessPoolExecutor(min(workers, max(1, len(numbers))), **kinds)
+    try:
         yield from pool.map(_make, numbers)
+    except BrokenProcessPool as error:
+        raise OSError(
+            f"One of {workers} processes was killed: too little memory? What is made "
+            "stays; give the same command with fewer --workers."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _JOB: list[Job] = []  # of a worker: handed over once, it may know a million names
 
 
-def _take(job: Job) -> None:
+def _take(job: Job, parent: int) -> None:
     _JOB[:] = [job]
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _make(number: int) -> int:
@@ -207,10 +225,15 @@ def link(file: Path, target: Path) -> None:
 
 
 def _keep_of_plan(path: Path, plan: int) -> None:
-    """Remove what lies in a folder from another plan, and note down this one."""
+    """Remove what lies in a folder from another plan, and note down this one.
+
+    Of the same plan the files that were begun go.
+    """
     noted = path / PLAN
     try:
         if json.loads(noted.read_text())["plan"] == plan:
+            for begun in path.glob(".*"):
+                begun.unlink()
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -228,7 +251,8 @@ def _write_files(
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    temporary = {n: path.with_name(f".{path.name}") for n, path in paths.items()}
+    own = f"-{os.getpid()}"  # of one that was killed somebody may still write the like
+    temporary = {n: p.with_name(f".{p.name}{own}") for n, p in paths.items()}
     # JPEG does not shrink: one record a group, uncompressed, is read by itself.
     options = "group_size:1,uncompressed"
     writers = {

@@ -158,11 +158,12 @@ def place_pictures(
         name: np.array([getattr(t, name) for t in tags], float) for name in COLUMNS
     }
     columns["time_s"] += source.clock_s
-    notes = _doubts(tags)
+    own_s = columns["time_s"].copy()
     if source.poses is not None:
         text = source.poses.read_text(encoding="utf-8-sig")
         told = parse_placements(text, source.poses.name, source.anchor)
         _replace_places(columns, names, told)
+    notes = _doubts([tags[k] for k in np.flatnonzero(columns["time_s"] == own_s)])
     placed = ~np.isnan(columns["latitude_deg"] + columns["longitude_deg"])
     timed = ~np.isnan(columns["time_s"])
     where = "the pose file" if source.poses else "its EXIF (or give --poses=FILE)"

@@ -14,7 +14,8 @@ from jaxtyping import UInt8
 
 from cityrag_jax.data.build import TOY_LIMITS, pair_config
 from cityrag_jax.data.captures import Captures, CityHeader
-from cityrag_jax.data.pairs import mine_pairs, save_pairs
+from cityrag_jax.data.mining import mine_pairs
+from cityrag_jax.data.pairs import save_pairs
 from cityrag_jax.data.store import City
 from cityrag_jax.data.writing import Writing, write_city
 from cityrag_jax.geo.ecef import ecef_from_enu

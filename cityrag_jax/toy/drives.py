@@ -19,6 +19,10 @@ from cityrag_jax.toy.scene import WEATHERS, Scene, draw_scene
 
 Junction = tuple[int, int]
 PATH_STEP_M = 0.05
+CAPTURE_INTERVAL_S = 0.1
+CAMERA_HEIGHT_M = 2.2
+TURN_RADIUS_M = 6.0
+TURNS, STOPS = 0.3, 0.15  # how likely at a junction
 
 # Latitude, longitude (degrees) and height over the ellipsoid (metres) of real centres.
 ANCHORS = {
@@ -38,8 +42,8 @@ class CityConfig:
     """A toy city: its anchor on Earth, its size, and how it is driven through.
 
     `neighbourhoods` and `blocks` count along a side. `routes` limits the routes of a
-    neighbourhood; None makes as many as cover every street. `lots` cells stand along a
-    block's side. `step_m` bounds a drive's mean distance between captures.
+    neighbourhood; None makes as many as cover every street. `step_m` bounds a drive's
+    mean distance between captures.
     """
 
     name: str
@@ -50,25 +54,17 @@ class CityConfig:
     neighbourhoods: int = 2
     blocks: int = 3
     block_m: float = 48.0
-    lots: int = 4
     routes: int | None = None
     route_streets: int = 10
     drives_per_route: int = 2
-    turn_probability: float = 0.3
-    turn_radius_m: float = 6.0
     step_m: tuple[float, float] = (0.25, 0.5)
-    capture_interval_s: float = 0.1
-    stop_probability: float = 0.15
-    camera_height_m: float = 2.2
     supersample: int = 2
 
     def __post_init__(self) -> None:
-        counts = ("neighbourhoods", "blocks", "lots", "route_streets")
+        counts = ("neighbourhoods", "blocks", "route_streets")
         for key in (*counts, "drives_per_route", "supersample"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; give 1 or more.")
-        if self.lots < 3:
-            raise ValueError(f"lots is {self.lots}; a block needs 3 or more a side.")
         if not 30.0 <= self.block_m <= 200.0:
             raise ValueError(
                 f"block_m is {self.block_m}; give 30 to 200 m, streets take 16 of it."
@@ -116,7 +112,7 @@ def drives(config: CityConfig) -> list[Drive]:
                     rng, weather, config.latitude_deg, config.longitude_deg
                 )
                 poses = drive_along(config, junctions, offset, rng)
-                seconds = config.capture_interval_s * np.arange(len(poses))
+                seconds = CAPTURE_INTERVAL_S * np.arange(len(poses))
                 time_s = float(scene.start_time_s) + seconds
                 made.append(
                     Drive(len(made), route, neighbourhood, poses, time_s, scene)
@@ -157,7 +153,7 @@ def routes(config: CityConfig, neighbourhood: int) -> list[list[Junction]]:
     """Walk the junctions of a neighbourhood until every street was taken.
 
     A route never turns back; it prefers streets not yet taken, and turns at a junction
-    with `turn_probability` where it has the choice.
+    by `TURNS` where it has the choice.
     """
     rng = np.random.default_rng([config.seed, 6, neighbourhood])
     junctions = _junctions(config, neighbourhood)
@@ -170,7 +166,7 @@ def routes(config: CityConfig, neighbourhood: int) -> list[list[Junction]]:
             ahead = _choices(junctions, route)
             weights = np.array(
                 [
-                    _turn_weight(config, route, place)
+                    _turn_weight(route, place)
                     * (1.0 if frozenset((route[-1], place)) in left else 0.2)
                     for place in ahead
                 ]
@@ -189,10 +185,10 @@ def _choices(junctions: set[Junction], route: list[Junction]) -> list[Junction]:
     return [place for place in around if place in junctions and place != (px, py)]
 
 
-def _turn_weight(config: CityConfig, route: list[Junction], place: Junction) -> float:
+def _turn_weight(route: list[Junction], place: Junction) -> float:
     (px, py), (x, y) = route[-2:]
     straight = (2 * x - px, 2 * y - py) == place
-    return 1.0 - config.turn_probability if straight else config.turn_probability / 2
+    return 1.0 - TURNS if straight else TURNS / 2
 
 
 def centre_line(
@@ -201,9 +197,9 @@ def centre_line(
     """Trace a route's centre line: points every `PATH_STEP_M` and headings.
 
     Headings are radians anticlockwise from east, continuous along the route. Corners
-    are arcs of `turn_radius_m` that touch both streets.
+    are arcs of `TURN_RADIUS_M` that touch both streets.
     """
-    radius = config.turn_radius_m
+    radius = TURN_RADIUS_M
     corners = np.asarray(junctions, float) * config.block_m
     legs = np.diff(corners, axis=0)
     heading = np.arctan2(legs[:, 1], legs[:, 0])
@@ -256,7 +252,7 @@ def drive_along(
     poses[:, 2, 1] = -1.0
     poses[:, :2, 2] = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     poses[:, :2, 3] = place
-    poses[:, 2, 3] = config.camera_height_m
+    poses[:, 2, 3] = CAMERA_HEIGHT_M
     poses[:, 3, 3] = 1.0
     return poses
 
@@ -269,7 +265,7 @@ def _captures(
     mean, phase = rng.uniform(slow, fast), rng.uniform(0, 6.28)
     at = [0.0]
     stops = np.arange(config.block_m, length_m, config.block_m) - 10.0
-    stops = list(stops[rng.uniform(size=len(stops)) < config.stop_probability])
+    stops = list(stops[rng.uniform(size=len(stops)) < STOPS])
     while at[-1] < length_m:
         if stops and at[-1] >= stops[0]:
             stops.pop(0)

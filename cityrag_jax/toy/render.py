@@ -260,16 +260,15 @@ def render_panoramas(
     enu_from_camera: Float[np.ndarray, "B 4 4"],
     time_s: Float[np.ndarray, " B"],
     height: int,
-    width: int | None = None,
 ) -> Rendering:
-    """Render equirectangular panoramas.
+    """Render equirectangular panoramas, twice as wide as high.
 
     The centre column looks forward, columns go clockwise seen from above, the top row
-    looks up; pixel centres are at +0.5. `width` is twice the height if not given.
+    looks up; pixel centres are at +0.5.
     `scene` is one for all or one for each; `time_s` is in unix seconds.
     """
-    width = 2 * height if width is None else width
-    return _render(config, scene, enu_from_camera, time_s, (True, height, width), 0.0)
+    shape = (True, height, 2 * height)
+    return _render(config, scene, enu_from_camera, time_s, shape, 0.0)
 
 
 def render_views(
@@ -308,7 +307,7 @@ def _render(
     rotation = enu_from_camera[:, :3, :3]
     level = bool(np.all(np.abs(rotation[:, 2, [0, 2]]) < LEVEL))
     lens = Lens(panorama, level, height, width, config.supersample)
-    grid = Grid(config.block_m, config.lots)
+    grid = Grid(config.block_m)
     rgb = np.empty((count, height, width, 3), np.uint8)
     depth_m = np.empty((count, height, width), np.float32)
     moving = np.empty((count, height, width), bool)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from cityrag_jax.geo.poses import level_from_tilted
-from cityrag_jax.toy.drives import CityConfig, Drive
+from cityrag_jax.toy.drives import CAPTURE_INTERVAL_S, CityConfig, Drive
 from cityrag_jax.toy.scene import WEATHERS, draw_scene
 
 DRIFT_M = 30.0  # of way, after which satellites err another way
@@ -79,7 +79,7 @@ def misbehave(config: CityConfig, made: list[Drive], trouble: Trouble) -> list[D
             weather = str(rng.choice(WEATHERS))
             place = (config.latitude_deg, config.longitude_deg)
             scene = draw_scene(rng, weather, *place)
-            seconds = config.capture_interval_s * np.arange(len(back))
+            seconds = CAPTURE_INTERVAL_S * np.arange(len(back))
             time_s = float(scene.start_time_s) + seconds
             more.append(Drive(0, route, drive.neighbourhood, back, time_s, scene))
     drives = [

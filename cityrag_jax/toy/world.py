@@ -31,10 +31,13 @@ _PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The two numbers that shape the street grid; static where code is compiled."""
+    """What shapes the street grid: blocks, and lots along a side of one.
+
+    Static where code is compiled.
+    """
 
     block_m: float
-    lots: int
+    lots: int = 4
 
     @property
     def lot_m(self) -> float:
