@@ -248,10 +248,10 @@ def describe(table: Table, way: str) -> str:
 def plan_clips(config: ConfigDict, sources: Sources) -> list[Plans]:
     """Plan the held-out clips, equally many of every city, in batches."""
     wanted, size = config.eval.table_clips, config.eval.batch_size
-    if wanted % len(sources) or wanted % size:
+    if min(wanted, size) < 1 or wanted % len(sources) or wanted % size:
         raise ValueError(
             f"eval.table_clips {wanted} must be a multiple of the {len(sources)} "
-            f"cities and of eval.batch_size {size}."
+            f"cities and of eval.batch_size {size}, and both 1 or more."
         )
     planned = [
         (city, plan)

@@ -226,6 +226,9 @@ def read_stops(text: str) -> list[tuple[float, float]]:
 
 def frame_spacing_m(order: Order, sample: ConfigDict) -> float:
     """Give the metres between two frames, at the speed asked for or the config's."""
+    for name in ("fps", "spacing_m"):
+        if not 0 < sample[name] < 1000:
+            raise ValueError(f"sample.{name} is {sample[name]}; give one above 0.")
     if order.speed_m_s is None:
         return float(sample.spacing_m)
     if not 0 < order.speed_m_s < 1000:

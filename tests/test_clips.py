@@ -294,6 +294,12 @@ def test_what_does_not_fit_is_named(source):
         loader.training_clips([(city, nothing)], CONFIG, batch_size=2, seed=0)
     with pytest.raises(ValueError, match="give 1 <= shortest"):
         clips.ClipConfig(condition_frames=(5, 3))
+    for wrong, message in (
+        (dict(height=0), "of 832x0: give 1 or more"),
+        (dict(fov_deg=200.0), "fov_deg is 200.0; a view has between"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clips.ClipConfig(**wrong)
 
 
 def test_the_toy_city_goes_all_the_way_from_streets_to_clips(tmp_path):

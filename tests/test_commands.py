@@ -72,6 +72,9 @@ def test_options_are_read_in_either_spelling(command):
     [
         ([f"--config={TOY}"], "--out must be given"),
         ([f"--config={TOY}", "--out=x", "y"], "y is a stray word"),
+        ([f"--config={TOY}", "--out="], "--out is empty"),
+        ([f"--config={TOY}", "--out", ""], "--out is empty"),
+        (["--config=", "--out=x"], "--config is empty"),
         ([f"--config={TOY}", "--out=x", "--max-syze=1"], "is --max-size meant?"),
         ([f"--config={TOY}", "--out=x", "--max-size=a"], "invalid int value: 'a'"),
         ([f"--config={TOY}", "--out=x", "--fast=perhaps"], "not true or false"),

@@ -196,6 +196,12 @@ def test_speed_and_stops_are_those_of_the_command_line(city, tmp_path):
         read_poses(dataclasses.replace(fast, stops="4"), city, sample)
     with pytest.raises(ValueError, match="speed-m-s=0: give metres a second above"):
         read_poses(dataclasses.replace(fast, speed_m_s=0.0), city, sample)
+    with pytest.raises(ValueError, match="at most 3,600, and lie on the path"):
+        read_poses(dataclasses.replace(fast, stops="4:1e9"), city, sample)
+    for name, value in (("fps", 0.0), ("fps", np.nan), ("spacing_m", -1.0)):
+        wrong = get_config("toy_city", **{f"sample__{name}": value}).sample
+        with pytest.raises(ValueError, match=f"sample.{name} is .*; give one above 0"):
+            read_poses(fast, city, wrong)
 
 
 def test_a_path_in_words_is_that_of_a_file(city, tmp_path):

@@ -299,3 +299,5 @@ def test_an_unknown_way_is_refused():
         Retrieval("by-magic")
     with pytest.raises(ValueError, match="refuse, without-geo"):
         Retrieval(gaps="ignore")
+    with pytest.raises(ValueError, match="radius_m is -1.0"):
+        Retrieval(radius_m=-1.0)

@@ -141,6 +141,14 @@ def test_what_cannot_be_read_or_written_is_said(bucket, monkeypatch, tmp_path):
     ):
         with pytest.raises(ValueError, match="gs:/+streets/.* store, which is only re"):
             change()
+    city.crops(np.zeros(1, int), np.zeros(1), **VIEW)
+    (path,) = city.folder.glob("horizon/*/*record-*")
+    path.write_bytes(bytes(len(path.read_bytes())))
+    with pytest.raises(ValueError, match="is not a readable.*it is fetched anew"):
+        City(city.folder).crops(np.zeros(1, int), np.zeros(1), **VIEW)
+    (city.folder / "origin.json").write_text("{}")
+    with pytest.raises(ValueError, match="origin.json is damaged.*it is fetched anew"):
+        City(city.folder)
     Bucket.store.pop(
         "/streets/munich/horizon/1.0.0/horizon-train.array_record-00000-of-00001"
     )

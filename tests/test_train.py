@@ -861,6 +861,7 @@ def test_the_log_forgets_what_a_resumed_training_repeats(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
+        (dict(optimizer__learning_rate=-1.0), "learning_rate is -1.0; give one"),
         (dict(train__mesh__data=3), "train.mesh"),
         (dict(train__mesh__data=-1, train__mesh__fsdp=3), "cannot be filled from 8"),
         (dict(train__rules__embed=("model",)), "train.rules: Rules name model"),

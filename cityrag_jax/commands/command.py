@@ -119,6 +119,7 @@ class Command:
             with contextlib.suppress(BrokenPipeError):  # of `--help | head`
                 print(self._help(words, changes), flush=True)
             sys.exit(0)
+        self._refuse_empty(words)
         given = self._parser.parse_args(words)
         if self._has_config and (given.config or changes):
             try:
@@ -157,6 +158,17 @@ class Command:
             for path in filter(None, (getattr(given, name) for name in self._made)):
                 made.enter_context(made_for_use(path))
             return main(given) or 0
+
+    def _refuse_empty(self, words: list[str]) -> None:
+        """Refuse `--out=`, as of a shell's empty variable: it is the working folder."""
+        needed = {
+            s for action in self._needed._group_actions for s in action.option_strings
+        }
+        needed |= {f"--{name.replace('_', '-')}" for name in (*self._made, "config")}
+        for word, after in zip(words, [*words[1:], "x"], strict=True):
+            name, equals, value = word.partition("=")
+            if name in needed and not (value if equals else after):
+                self._parser.error(f"{name} is empty")
 
     def _finish(self) -> None:
         """Add, once and last, what every command takes."""

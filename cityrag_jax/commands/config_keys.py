@@ -21,6 +21,7 @@ MEANINGS = {
     "model.transformer.ffn_dim": "inner width of the feed-forward networks",
     "model.transformer.in_channels": "noise 16, with mask and first image 36",
     "model.transformer.out_channels": "of the latents",
+    "model.transformer.patch": "latent places, high and wide, that are one token",
     "model.transformer.freq_dim": "of the timestep's sines and cosines",
     "model.transformer.text_dim": "width of a prompt's rows",
     "model.transformer.text_len": "rows of a prompt, padded with zeros",

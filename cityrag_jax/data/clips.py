@@ -51,6 +51,15 @@ class ClipConfig:
                 f"condition_frames is {self.condition_frames}; give 1 <= shortest <= "
                 "longest."
             )
+        if min(self.num_frames, self.height, self.width) < 1:
+            raise ValueError(
+                f"A clip of {self.num_frames} frames of {self.width}x{self.height}: "
+                "give 1 or more of each in the config's data section."
+            )
+        if not 0 < self.fov_deg < 180:
+            raise ValueError(
+                f"data.fov_deg is {self.fov_deg}; a view has between 0 and 180 degrees."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,19 +98,23 @@ class Records:
         """Give a file's reader; the one that was not asked for longest is closed."""
         with self._opening:
             reader = self._readers.pop(shard, None)
-            if reader is None:
-                path, length = self._shards[shard]
-                reader = self._reader(
-                    os.fspath(fetch(path)),
-                    options="readahead_buffer_size:0,max_parallelism:0",
-                    file_reader_buffer_size=32768,
+            if reader is not None:
+                self._readers[shard] = reader
+                return reader
+        path, length = self._shards[shard]
+        path = fetch(path)  # of a store: may take long, and others read on meanwhile
+        with self._opening:
+            reader = self._reader(
+                os.fspath(path),
+                options="readahead_buffer_size:0,max_parallelism:0",
+                file_reader_buffer_size=32768,
+            )
+            # A file that cannot be opened says nothing but that it is empty.
+            if reader.num_records() != length:
+                raise ValueError(
+                    f"{path} holds {reader.num_records()} records instead of "
+                    f"{length}, or could not be opened"
                 )
-                # A file that cannot be opened says nothing but that it is empty.
-                if reader.num_records() != length:
-                    raise ValueError(
-                        f"{path} holds {reader.num_records()} records instead of "
-                        f"{length}, or could not be opened"
-                    )
             self._readers[shard] = reader
             if len(self._readers) > OPENED:
                 self._readers.popitem(last=False)

@@ -62,8 +62,7 @@ def bring(folder: str | Path, tables: Sequence[str], folders: Sequence[str]) -> 
 
 def origin_of(folder: Path) -> str | None:
     """Give the url of which a folder is a copy; None if it is none."""
-    path = folder / ORIGIN
-    return json.loads(path.read_text())["url"] if path.exists() else None
+    return _read_origin(folder)["url"] if (folder / ORIGIN).exists() else None
 
 
 def refuse_remote(folder: Path) -> None:
@@ -82,7 +81,7 @@ def list_names(folder: Path) -> set[str]:
     root = _root(folder)
     if root is None:
         return names
-    noted = json.loads((root / ORIGIN).read_text())["folders"]
+    noted = _read_origin(root)["folders"]
     return names | set(noted.get(folder.relative_to(root).as_posix(), ()))
 
 
@@ -106,6 +105,17 @@ def fetch(path: Path) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _read_origin(copy: Path) -> dict:
+    try:
+        origin = json.loads((copy / ORIGIN).read_text())
+        return {"url": str(origin["url"]), "folders": dict(origin["folders"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{copy / ORIGIN} is damaged ({error!r}); remove the folder: it is fetched "
+            "anew."
+        ) from error
 
 
 def _open(url: str):

@@ -34,7 +34,7 @@ from cityrag_jax.data.columns import (
 from cityrag_jax.data.pairs import PAIRS
 from cityrag_jax.data.provenance import Provenance
 from cityrag_jax.data.records import APART, VERSION, Tiles, count_panoramas
-from cityrag_jax.data.remote import bring
+from cityrag_jax.data.remote import bring, origin_of
 from cityrag_jax.geo.panorama import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -224,10 +224,12 @@ class City:
             jpeg = self._record(capture * TILES + tile)
             picture = simplejpeg.decode_jpeg(jpeg)
         except ValueError as error:
+            cure = f"Restore tiles from a copy, or {REBUILD}"
+            if origin_of(self.folder):
+                cure = "Remove that folder: it is fetched anew"
             raise ValueError(
                 f"{self.folder}: tile {tile} (row {row}, column {column}) of panorama "
-                f"{capture} is not a readable JPEG: {error}. Restore tiles from a "
-                f"copy, or {REBUILD}."
+                f"{capture} is not a readable JPEG: {error}. {cure}."
             ) from error
         if picture.shape != expected:
             raise ValueError(

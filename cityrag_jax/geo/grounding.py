@@ -42,6 +42,11 @@ class Retrieval:
                 raise ValueError(
                     f"Retrieval {name} is {given!r}; choose one of {', '.join(known)}."
                 )
+        if not self.radius_m > 0:
+            raise ValueError(
+                f"sample.radius_m is {self.radius_m}; captures are looked for within "
+                "metres above 0."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

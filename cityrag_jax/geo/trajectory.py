@@ -137,6 +137,9 @@ def poses_along(
     return level_poses(places, np.arctan2(ahead[:, 0], ahead[:, 1]))
 
 
+LONGEST_STOP_S = 3600.0
+
+
 def insert_stops(
     poses: Float64[np.ndarray, "N 4 4"],
     spacing_m: float,
@@ -150,10 +153,11 @@ def insert_stops(
     counts = np.ones(len(poses), int)
     length_m = (len(poses) - 1) * spacing_m
     for at_m, time_s in stops:
-        if not (0 <= at_m <= length_m and time_s > 0):
+        if not (0 <= at_m <= length_m and 0 < time_s <= LONGEST_STOP_S):
             raise ValueError(
-                f"A stop of {time_s} s at {at_m} m: stops last more than 0 s and lie "
-                f"on the path, which is {length_m:.1f} m long."
+                f"A stop of {time_s} s at {at_m} m: stops last more than 0 s, at most "
+                f"{LONGEST_STOP_S:,.0f}, and lie on the path, which is "
+                f"{length_m:.1f} m long."
             )
         counts[round(at_m / spacing_m)] += round(time_s * fps)
     return np.repeat(poses, counts, axis=0)

@@ -161,8 +161,9 @@ def make_city(
     made = Panoramas(recording, masks, header.panorama_height, making.threads)
 
     def finish(folder: Path) -> None:
-        ids = City(folder).provenance.id.to_pylist()
-        lost = sorted(set(origins.id.to_pylist()) - set(ids))
+        there = set(City(folder).provenance.id.to_pylist())
+        known = zip(origins.id.to_pylist(), shots.names, strict=True)
+        lost = [name for told, name in known if told not in there]
         if lost:
             report["skipped"][f"{len(lost)} not decoded"] = lost
         report["pictures"] = len(captures) - len(lost)

@@ -112,6 +112,12 @@ def check_config(config: ConfigDict) -> None:
     require(
         0 <= t.ema_decay < 1, f"train.ema_decay {t.ema_decay} must be 0 (off) to 1."
     )
+    for name in ("learning_rate", "adam_learning_rate"):
+        rate = config.optimizer[name]
+        require(
+            rate is None or 0 < rate < 1,
+            f"optimizer.{name} is {rate}; give one between 0 and 1.",
+        )
     zeros = ("max_seconds", "checkpoint_minutes", "overfit", "keep_every", "stuck_s")
     for name in (*zeros, "spike", "grace_s"):
         require(t[name] >= 0, f"train.{name} is {t[name]}; 0 turns it off.")
