@@ -320,3 +320,9 @@ def test_every_pass_of_a_drive_is_a_pair():
     assert len(mining.mine_pairs(synthetic.columns([single, twice]), "x", config)) < (
         len(found)
     )
+
+
+def test_clips_of_no_frames_and_windows_without_a_step_are_refused():
+    for wrong in (dict(num_frames=0), dict(stride=0)):
+        with pytest.raises(ValueError, match="a clip has 2 frames or more"):
+            PairConfig(**wrong)

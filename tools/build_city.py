@@ -312,7 +312,9 @@ def build_toy(given: argparse.Namespace, limits: dict) -> City:
     return build.build_toy_city(
         build.toy_config(given.toy, given.preset, **changes),
         given.out,
-        height=given.height or build.HEIGHTS.get(given.preset, build.HEIGHT),
+        height=build.HEIGHTS.get(given.preset, build.HEIGHT)
+        if given.height is None
+        else given.height,
         quality=given.quality,
         overwrite=given.overwrite,
         trouble=read_trouble(given.trouble),

@@ -51,6 +51,13 @@ class PairConfig:
     held_out_fraction: float = 0.1
     seed: int = 0
 
+    def __post_init__(self):
+        if self.num_frames < 2 or self.stride < 1:
+            raise ValueError(
+                f"num_frames is {self.num_frames} and stride {self.stride}; a clip has "
+                "2 frames or more, and windows lie 1 capture or more apart."
+            )
+
 
 # Type and shape of a row of every stored column.
 COLUMNS = {

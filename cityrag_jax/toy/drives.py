@@ -65,6 +65,8 @@ class CityConfig:
         for key in (*counts, "drives_per_route", "supersample"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; give 1 or more.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; give 0 or more.")
         if not 30.0 <= self.block_m <= 200.0:
             raise ValueError(
                 f"block_m is {self.block_m}; give 30 to 200 m, streets take 16 of it."
