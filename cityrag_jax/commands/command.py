@@ -165,7 +165,7 @@ class Command:
             s for action in self._needed._group_actions for s in action.option_strings
         }
         needed |= {f"--{name.replace('_', '-')}" for name in (*self._made, "config")}
-        for word, after in zip(words, [*words[1:], "x"], strict=True):
+        for word, after in zip(words, [*words, "x"][1:], strict=True):
             name, equals, value = word.partition("=")
             if name in needed and not (value if equals else after):
                 self._parser.error(f"{name} is empty")
