@@ -95,6 +95,7 @@ def random_conditions(transformer, frames: int, grid, key) -> Conditions:
     def normal(*shape):
         return jax.random.normal(next(keys), shape)
 
+    poses = jnp.broadcast_to(jnp.eye(4), (1, frames, 4, 4))
     return Conditions(
         text=normal(1, c.text_len, c.text_dim),
         image=None if c.image_dim is None else normal(1, 257, c.image_dim),
@@ -104,8 +105,9 @@ def random_conditions(transformer, frames: int, grid, key) -> Conditions:
         geo_latents=normal(1, t, h, w, c.out_channels),
         geo_length=jnp.full(1, t, jnp.int32),
         keep_geo=jnp.ones(1),
-        poses=jnp.broadcast_to(jnp.eye(4), (1, frames, 4, 4)),
+        poses=poses,
         keep_pose=jnp.ones(1),
+        geo_poses=poses,
     )
 
 

@@ -154,6 +154,11 @@ class GeoBranch(Branch):
         tokens = self.patch_embedding(patchify(conditions.geo_latents, self.patch))
         tokens = tokens.astype(jnp.float32)
         if self.view_poses is not None:
+            if conditions.geo_poses is None:
+                raise ValueError(
+                    "The model has view_poses: give the condition's own camera poses "
+                    "(Clip.first_from_view, Conditions.geo_poses)."
+                )
             frames = self.view_poses(conditions.geo_poses)
             tokens += jnp.repeat(frames, shape[1] * shape[2], axis=1)
         tokens, angles, _ = pad_tokens(tokens, rotary_angles(shape, self.head_dim))
