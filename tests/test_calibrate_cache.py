@@ -25,6 +25,7 @@ def test_printed_ratios_make_a_schedule(tmp_path):
         [sys.executable, "tools/calibrate_cache.py", "--config.sample.num_steps=10"]
         + ["--config.eval.min_rotation_deg=0"]
         + [f"--config.model.transformer.dim={DIT.dim}"]
+        + [f"--config.model.transformer.patch={DIT.patch}"]
         + [f"--{name}={value}" for name, value in given.items()],
         cwd=training_city.ROOT,
         env=training_city.environment(tmp_path),

@@ -84,6 +84,7 @@ def start(
         out=out,
     )
     keys = {"sample.num_steps": 2, "model.transformer.dim": DIT.dim}
+    keys["model.transformer.patch"] = DIT.patch
     return subprocess.Popen(
         [
             *(sys.executable, *door),

@@ -53,6 +53,7 @@ def command(folder, out):
     script = [sys.executable, "-m", "cityrag_jax.generate"]
     keys = {"sample.spacing_m": 0.75, "sample.num_steps": 3}
     keys["model.transformer.dim"] = DIT.dim
+    keys["model.transformer.patch"] = DIT.patch
     return [
         *script,
         *(f"--{name}={value}" for name, value in given.items()),
