@@ -61,10 +61,10 @@ def test_a_model_written_today_fits_its_config():
     """Its description went through JSON, which knows no tuples."""
     config = config_of("toy_city.py")
     told = json.loads(json.dumps(describe_model(config)))
-    assert told["config"]["patch"] == [2, 2]
+    assert told["config"]["patch"] == [2, 1]
     check_model(config, Bundle({}, {"transformer": told}, None))
-    config.model.transformer.patch = (2, 1)
-    with pytest.raises(ValueError, match=r"patch: \(2, 1\) in the config, \(2, 2\) in"):
+    config.model.transformer.patch = (2, 2)
+    with pytest.raises(ValueError, match=r"patch: \(2, 2\) in the config, \(2, 1\) in"):
         check_model(config, Bundle({}, {"transformer": told}, None))
 
 
